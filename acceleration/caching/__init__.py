@@ -1,0 +1,1 @@
+"""Feature caching: indicator -> policy -> forecaster at a granularity, over a store of snapshots."""

@@ -1,0 +1,1 @@
+"""Hosts: the only modules that touch the hooks of the program the engine runs in."""

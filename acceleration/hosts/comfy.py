@@ -1,0 +1,339 @@
+"""ComfyUI host: the one module that touches ComfyUI's hooks.
+
+A node's request lands in :func:`request`. When sampling starts, :func:`_outer_sample`
+resolves the plan, makes the run's state and hangs closures over it into the run's own
+copy of the model options; ``finally`` drops both. Nothing is stored on models, modules
+or node classes, and nothing of ComfyUI is replaced.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ..compatibility import add_request
+from ..errors import ConflictError
+from ..facts import Facts
+from ..models import BlockSite, describe
+from ..plan import Plan, Request
+from ..resolve import Execution, resolve
+from ..run import COMPUTED, Branch, Call, Evaluation, RunState
+from ..sampling import SamplerTraits, schedule_of, traits_of
+from ..trace import TraceBuilder
+from .comfy_device import clock_for, peak_memory, start_peak_memory, synchronize
+from .trace_store import TraceStore
+
+KEY = "stretto"
+PLAN_KEY = "stretto_plan"
+BRANCH_NAMES = {0: "cond", 1: "uncond"}
+log = logging.getLogger("stretto")
+
+#: The one process-wide object: traces that outlive their run.
+TRACES = TraceStore()
+
+#: The network call in progress, for block hooks, whose arguments do not always carry options.
+_CALL: ContextVar[Call | None] = ContextVar("stretto_call", default=None)
+
+
+def plan_of(model: Any) -> Plan:
+    """Return the plan that a MODEL carries; an empty one when no Stretto node touched it."""
+    return model.model_options.get("transformer_options", {}).get(PLAN_KEY, Plan())
+
+
+def request(model: Any, wanted: Request) -> Any:
+    """Return a clone of MODEL ``model`` whose plan also holds ``wanted``.
+
+    Raises:
+        StrettoError: bad settings, or a request that cannot share the model with another.
+    """
+    plan = add_request(plan_of(model), wanted)
+    if wanted.technique == "cache":
+        _refuse_core_cache(model.model_options.get("transformer_options", {}))
+    clone = model.clone()
+    clone.model_options.setdefault("transformer_options", {})[PLAN_KEY] = plan
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
+    return clone
+
+
+def _refuse_core_cache(options: dict[str, Any]) -> None:
+    holder = options.get("easycache")
+    if holder is not None:
+        name = getattr(holder, "name", "EasyCache")
+        raise ConflictError(
+            f"Stretto Cache and ComfyUI's own {name} node are on the same model; both would skip steps. "
+            "Remove or bypass one of the two nodes."
+        )
+
+
+def _outer_sample(executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Resolve, run, record. Arguments: noise, latent_image, sampler, sigmas, denoise_mask, callback, ..."""
+    guider, noise, sampler, sigmas = executor.class_obj, args[0], args[2], args[3]
+    before = guider.model_options
+    plan = before.get("transformer_options", {}).get(PLAN_KEY, Plan())
+    if plan.of("cache"):
+        _refuse_core_cache(before["transformer_options"])
+    patcher = guider.model_patcher
+    facts = _facts(guider, noise, sampler, sigmas, kwargs.get("latent_shapes"))
+    execution = resolve(plan, facts, _notes(before))
+    options = comfy.model_patcher.create_model_options_clone(before)
+    seed = kwargs.get("seed", args[7] if len(args) > 7 else None)
+    device = patcher.load_device
+    run = RunState(
+        facts.schedule,
+        execution.sessions,
+        {site.key: site for site in facts.descriptor.sites(facts.network)} if facts.descriptor else {},
+        TraceBuilder(_header(plan, facts, execution, guider, seed)),
+        clock_for(device),
+    )
+    _install(options, run, facts, execution)
+    for outcome in execution.outcomes:
+        log.info("%s: %s. %s", outcome.technique, outcome.status, outcome.reason)
+    outcome = "failed"
+    guider.model_options = options
+    synchronize(device)
+    start_peak_memory(device)
+    elapsed = run.clock()
+    try:
+        samples = executor(*args, **kwargs)
+        outcome = "completed"
+        return samples
+    except comfy.model_management.InterruptProcessingException:
+        outcome = "interrupted"
+        raise
+    finally:
+        elapsed()
+        synchronize(device)
+        guider.model_options = before
+        memory = {**peak_memory(device), "store_peak_bytes": run.peak_bytes}
+        run.close()
+        document = run.trace.document(outcome, elapsed(), run.overhead, memory)
+        TRACES.add(*_execution_ids(), document)
+
+
+def _facts(guider: Any, noise: torch.Tensor, sampler: Any, sigmas: torch.Tensor, latent_shapes: Any) -> Facts:
+    patcher = guider.model_patcher
+    network = patcher.model.diffusion_model
+    cfg = getattr(guider, "cfg", None)
+    dtype = getattr(patcher.model, "manual_cast_dtype", None) or patcher.model.get_dtype()
+    return Facts(
+        network=network,
+        descriptor=describe(network),
+        sampler=_sampler_traits(sampler),
+        schedule=schedule_of(sigmas.tolist()),
+        latent_shape=tuple(noise.shape),
+        branches=1 if cfg == 1.0 and not guider.model_options.get("disable_cfg1_optimization") else 2,
+        element_bytes=torch.empty((), dtype=dtype).element_size(),
+        free_bytes=int(comfy.model_management.get_free_memory(patcher.load_device)),
+        nested=latent_shapes is not None and len(latent_shapes) > 1,
+    )
+
+
+def _sampler_traits(sampler: Any) -> SamplerTraits:
+    function = getattr(sampler, "sampler_function", None)
+    name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_").removesuffix("_function")
+    traits = traits_of(name)
+    extra = getattr(sampler, "extra_options", {})
+    if traits.known and not traits.stochastic and (extra.get("s_churn") or extra.get("s_noise_eta")):
+        return SamplerTraits(name, single_call=traits.single_call, multistep=traits.multistep, stochastic=True)
+    return traits
+
+
+def _notes(model_options: dict[str, Any]) -> list[str]:
+    """Name what other packs have put on the model, since it takes part in the run."""
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
+    keys = sorted({str(key) for by_key in wrappers.values() for key in by_key if key not in (KEY, None)})
+    return [f"also on this model: {', '.join(keys)}"] if keys else []
+
+
+def _header(plan: Plan, facts: Facts, execution: Execution, guider: Any, seed: Any) -> dict[str, Any]:
+    model = guider.model_patcher.model
+    return {
+        "model": {
+            "family": facts.descriptor.family if facts.descriptor else None,
+            "network": type(facts.network).__name__,
+            "blocks": len(facts.descriptor.sites(facts.network)) if facts.descriptor else 0,
+            "dtype": str(getattr(model, "manual_cast_dtype", None) or model.get_dtype()).removeprefix("torch."),
+            "device": str(guider.model_patcher.load_device),
+        },
+        "sampler": {
+            "name": facts.sampler.name,
+            "single_call": facts.sampler.single_call,
+            "multistep": facts.sampler.multistep,
+            "stochastic": facts.sampler.stochastic,
+            "known": facts.sampler.known,
+        },
+        "latent_shape": list(facts.latent_shape),
+        "sigmas": list(facts.schedule.sigmas),
+        "cfg": getattr(guider, "cfg", None),
+        "seed": seed,
+        "plan": plan.to_json(),
+        "techniques": [outcome.to_json() for outcome in execution.outcomes],
+        "notes": list(execution.notes),
+    }
+
+
+def current_prompt_id() -> str | None:
+    """Return the id of the prompt that ComfyUI executes now, or None outside its queue."""
+    return _execution_ids()[0]
+
+
+def _execution_ids() -> tuple[str | None, str | None]:
+    """Return (prompt id, node id) of what ComfyUI executes now; (None, None) outside its queue."""
+    try:
+        from comfy_execution.utils import get_executing_context
+    except ImportError:
+        return None, None
+    context = get_executing_context()
+    return (context.prompt_id, context.node_id) if context is not None else (None, None)
+
+
+def _install(options: dict[str, Any], run: RunState, facts: Facts, execution: Execution) -> None:
+    """Hang the run's closures into its own copy of the model options."""
+    add = comfy.patcher_extension.add_wrapper_with_key
+    add(WrappersMP.PREDICT_NOISE, KEY, _predict_noise(run), options, is_model_options=True)
+    if not run.sessions:
+        return
+    patches = _install_blocks(options, run) if execution.needs_blocks else {}
+    add(WrappersMP.APPLY_MODEL, KEY, _apply_model(run, patches, facts), options, is_model_options=True)
+    if execution.reserve_bytes:
+        reserve = _prepare_sampling(execution.reserve_bytes)
+        add(WrappersMP.PREPARE_SAMPLING, KEY, reserve, options, is_model_options=True)
+
+
+def _install_blocks(options: dict[str, Any], run: RunState) -> dict[tuple[str, int], Callable]:
+    """Chain a replacement before every block and return ours by hook key."""
+    transformer_options = options.setdefault("transformer_options", {})
+    replaces = transformer_options["patches_replace"] = dict(transformer_options.get("patches_replace", {}))
+    replaces["dit"] = dict(replaces.get("dit", {}))
+    ours = {}
+    for key, site in run.sites.items():
+        ours[key] = replaces["dit"][key] = _block_patch(run, site, replaces["dit"].get(key))
+    return ours
+
+
+def _block_patch(run: RunState, site: BlockSite, previous: Callable | None) -> Callable:
+    def patch(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        def original(arguments: dict[str, Any]) -> dict[str, Any]:
+            return extra["original_block"](arguments) if previous is None else previous(arguments, extra)
+
+        call = _CALL.get()
+        return original(args) if call is None else run.block(call, site, args, original)
+
+    return patch
+
+
+def _prepare_sampling(reserve_bytes: int) -> Callable:
+    """Make room for stored features: pretend the batch were as much larger as they take memory."""
+
+    def prepare_sampling(executor: Callable, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        shape = list(noise_shape)
+        base = float(model.model.memory_required([shape[0] * 2, *shape[1:]]))
+        extra = -(-shape[0] * reserve_bytes // max(int(base), 1))
+        return executor(model, [shape[0] + int(extra), *shape[1:]], *args, **kwargs)
+
+    return prepare_sampling
+
+
+def _predict_noise(run: RunState) -> Callable:
+    """One evaluation: all guidance branches of one noise level."""
+
+    def predict_noise(executor: Callable, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        entered, elapsed = time.perf_counter(), run.clock()
+        network_input = executor.class_obj.inner_model.model_sampling.calculate_input(timestep, x)
+        run.begin(float(timestep.flatten()[0]), network_input)
+        started = time.perf_counter()
+        result = executor(x, timestep, *args, **kwargs)
+        ended = time.perf_counter()
+        elapsed()
+        run.end(elapsed)
+        run.overhead += started - entered + time.perf_counter() - ended
+        return result
+
+    return predict_noise
+
+
+def _apply_model(run: RunState, patches: dict[tuple[str, int], Callable], facts: Facts) -> Callable:
+    """One batched network call inside an evaluation."""
+
+    def apply_model(executor: Callable, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        options = _options(args, kwargs)
+        if run.evaluation is None or options is None:
+            return executor(x, sigma, *args, **kwargs)
+        entered, inside = time.perf_counter(), 0.0
+
+        def compute() -> torch.Tensor:
+            nonlocal inside
+            started = time.perf_counter()
+            denoised = executor(x, sigma, *args, **kwargs)
+            inside += time.perf_counter() - started
+            return denoised
+
+        call = _make_call(run.evaluation, executor.class_obj.model_sampling, x, sigma, options, patches, facts)
+        token = _CALL.set(call)
+        try:
+            denoised = run.network(call, compute)
+        finally:
+            _CALL.reset(token)
+        if call.decisions[0] == COMPUTED:
+            run.overhead += time.perf_counter() - entered - inside
+        return denoised
+
+    return apply_model
+
+
+def _options(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the transformer options of a model call, recognised by what they hold."""
+    candidates = (kwargs.get("transformer_options"), *reversed(args))
+    return next((item for item in candidates if isinstance(item, dict) and item.get("uuids")), None)
+
+
+def _make_call(
+    evaluation: Evaluation,
+    model_sampling: Any,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    options: dict[str, Any],
+    patches: dict[tuple[str, int], Callable],
+    facts: Facts,
+) -> Call:
+    dit = options.get("patches_replace", {}).get("dit", {})
+    window = options.get("context_window")
+    shared = (
+        tuple(window.index_list) if window is not None else None,
+        _fingerprint(options.get("patches", {}), dit, patches),
+        x.device,
+    )
+    names = [BRANCH_NAMES.get(kind, "other") for kind in options["cond_or_uncond"]]
+    branches = tuple(Branch(name, (uuid, *shared)) for name, uuid in zip(names, options["uuids"], strict=True))
+    in_place = all(dit.get(key) is patch for key, patch in patches.items())
+    return Call(
+        evaluation=evaluation,
+        branches=branches,
+        rows=x.shape[0] // len(branches),
+        tokens=facts.descriptor.tokens(facts.network, x.shape),
+        network_input=model_sampling.calculate_input(sigma, x),
+        to_prediction=lambda denoised: _prediction(model_sampling, sigma, denoised, x),
+        to_denoised=lambda prediction: model_sampling.calculate_denoised(sigma, prediction, x),
+        skippable=in_place and x.shape[0] % len(branches) == 0,
+    )
+
+
+def _fingerprint(patches: dict[str, Any], dit: dict[Any, Any], ours: dict[Any, Callable]) -> tuple:
+    """Identify the foreign patches of a call: features made under other patches are other features."""
+    lists = tuple((name, *map(id, entries)) for name, entries in sorted(patches.items()))
+    return lists, tuple((key, id(patch)) for key, patch in dit.items() if ours.get(key) is not patch)
+
+
+def _prediction(model_sampling: Any, sigma: torch.Tensor, denoised: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Invert ``calculate_denoised``, which is affine in the network's output for every parametrisation."""
+    zero = torch.zeros_like(x)
+    gain = model_sampling.calculate_denoised(sigma, torch.ones_like(x), zero)
+    return (denoised - model_sampling.calculate_denoised(sigma, zero, x)) / gain

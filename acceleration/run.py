@@ -1,0 +1,210 @@
+"""Everything mutable about one sampling run. Made when it starts, dropped when it ends, however it ends."""
+
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from .models import BlockSite
+from .sampling import Schedule
+from .trace import TraceBuilder
+
+COMPUTED, FORECAST, REUSED = "computed", "forecast", "reused"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One conditioning entry of a batched network call.
+
+    Attributes:
+        name: ``"cond"``, ``"uncond"`` or ``"other"``.
+        key: what its stored features belong to: conditioning, context window, foreign
+            patches and device. Equal keys may share features, different ones never do.
+    """
+
+    name: str
+    key: Hashable
+
+
+@dataclass
+class Evaluation:
+    """One call of the sampler for a prediction (all guidance branches together).
+
+    Attributes:
+        index: running number in this run, for display only.
+        sigma: noise level.
+        position: continuous step position (:class:`~.sampling.Schedule`).
+        step: the step it belongs to.
+        network_input: latent as the network sees it [B, C, ...].
+        skip: whether the active technique wants the blocks skipped.
+        reason: why, in words.
+    """
+
+    index: int
+    sigma: float
+    position: float
+    step: int
+    network_input: torch.Tensor
+    skip: bool = False
+    reason: str = ""
+
+
+@dataclass
+class Call:
+    """One batched network call inside an evaluation.
+
+    Attributes:
+        evaluation: the evaluation it serves.
+        branches: guidance branches in row order; rows split evenly among them.
+        rows: batch rows of each branch.
+        tokens: image tokens of one row.
+        network_input: [len(branches) * rows, C, ...], as the network sees it.
+        to_prediction: denoised -> raw network output (the host knows the parametrisation).
+        to_denoised: raw network output -> denoised.
+        skippable: False when features may not be re-injected here (rows do not split
+            evenly, or another patch holds the place of ours).
+        decisions: what happened to each branch; filled in by the technique.
+        blocks_computed: number of blocks that ran.
+        text_tokens: text tokens ahead of the image tokens in a joint stream.
+    """
+
+    evaluation: Evaluation
+    branches: tuple[Branch, ...]
+    rows: int
+    tokens: int
+    network_input: torch.Tensor
+    to_prediction: Callable[[torch.Tensor], torch.Tensor]
+    to_denoised: Callable[[torch.Tensor], torch.Tensor]
+    skippable: bool = True
+    decisions: tuple[str, ...] = ()
+    blocks_computed: int = 0
+    text_tokens: int = 0
+
+    def part(self, tensor: torch.Tensor, index: int) -> torch.Tensor:
+        """Return the rows of branch ``index`` as a view of ``tensor``."""
+        return tensor[index * self.rows : (index + 1) * self.rows]
+
+
+class Session(Protocol):
+    """What a technique does during a run. One object per technique and run."""
+
+    bytes: int
+    peak_bytes: int
+
+    def begin(self, evaluation: Evaluation) -> None:
+        """Decide what the evaluation shall do, before any network call of it."""
+
+    def network(self, call: Call, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Stand around one network call; ``compute`` runs it. Both return the denoised latent."""
+
+    def block(self, call: Call, site: BlockSite, args: dict, original: Callable[[dict], dict]) -> dict:
+        """Stand around one block; ``original(args)`` runs it."""
+
+    def reset(self) -> None:
+        """Forget features: a new trajectory has begun."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+Clock = Callable[[], Callable[[], float]]
+"""Start a measurement; the returned function gives the seconds later, after the run."""
+
+
+def wall_clock() -> Callable[[], float]:
+    """Clock for devices that compute synchronously. The first reading is final."""
+    start = time.perf_counter()
+    reading: list[float] = []
+
+    def read() -> float:
+        if not reading:
+            reading.append(time.perf_counter() - start)
+        return reading[0]
+
+    return read
+
+
+@dataclass
+class RunState:
+    """The run in progress: its schedule, its sessions in execution order, and its trace.
+
+    Attributes:
+        schedule: noise levels of the run.
+        sessions: active techniques, outermost first.
+        sites: blocks of the network, by hook key.
+        trace: what was decided and measured.
+        clock: stopwatch factory of the device.
+    """
+
+    schedule: Schedule
+    sessions: tuple[Session, ...]
+    sites: dict[tuple[str, int], BlockSite]
+    trace: TraceBuilder
+    clock: Clock = wall_clock
+    evaluation: Evaluation | None = None
+    overhead: float = 0.0
+    _count: int = 0
+    _lowest: float = field(default=float("inf"))
+
+    def begin(self, sigma: float, network_input: torch.Tensor) -> Evaluation:
+        """Open the next evaluation and let the sessions decide about it."""
+        if sigma > self._lowest * (1 + 1e-4):
+            for session in self.sessions:  # noise was added back: features of the old trajectory are foreign
+                session.reset()
+            self._lowest = sigma
+        self._lowest = min(self._lowest, sigma)
+        position = self.schedule.position(sigma)
+        evaluation = Evaluation(self._count, sigma, position, self.schedule.step(position), network_input)
+        self._count += 1
+        for session in self.sessions:
+            session.begin(evaluation)
+        self.trace.open(evaluation)
+        self.evaluation = evaluation
+        return evaluation
+
+    def end(self, seconds: Callable[[], float]) -> None:
+        """Close the open evaluation; ``seconds`` gives its duration once the run is over."""
+        self.trace.close(seconds)
+        self.evaluation = None
+
+    def network(self, call: Call, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Run one batched network call through the sessions and record what became of it."""
+        for session in reversed(self.sessions):
+            compute = _bind_network(session, call, compute)
+        denoised = compute()
+        if not call.decisions:
+            call.decisions = (COMPUTED,) * len(call.branches)
+        self.trace.add(call, len(self.sites))
+        return denoised
+
+    def block(self, call: Call, site: BlockSite, args: dict, original: Callable[[dict], dict]) -> dict:
+        """Run one block through the sessions."""
+
+        def run(arguments: dict) -> dict:
+            call.blocks_computed += 1
+            return original(arguments)
+
+        for session in reversed(self.sessions):
+            run = _bind_block(session, call, site, run)
+        return run(args)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes that stored features have taken so far."""
+        return sum(session.peak_bytes for session in self.sessions)
+
+    def close(self) -> None:
+        """Drop every stored tensor."""
+        for session in self.sessions:
+            session.close()
+        self.evaluation = None
+
+
+def _bind_network(session: Session, call: Call, compute: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: session.network(call, compute)
+
+
+def _bind_block(session: Session, call: Call, site: BlockSite, run: Callable[[dict], dict]) -> Callable[[dict], dict]:
+    return lambda args: session.block(call, site, args, run)

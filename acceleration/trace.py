@@ -1,0 +1,115 @@
+"""What a run computed, as data: steps x branches x blocks x tokens x seconds (``trace@1``)."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .run import Call, Evaluation
+
+SCHEMA = "trace@1"
+
+
+class TraceBuilder:
+    """Collects the decisions of one run on the CPU, cheaply, and writes them as ``trace@1``."""
+
+    def __init__(self, header: dict[str, Any]) -> None:
+        """``header`` holds the facts known before the first evaluation (model, sampler, plan, ...)."""
+        self.header = header
+        self.evaluations: list[dict[str, Any]] = []
+        self._seconds: list[Callable[[], float]] = []
+
+    def open(self, evaluation: "Evaluation") -> None:
+        """Begin the entry of ``evaluation``."""
+        self.evaluations.append(
+            {
+                "index": evaluation.index,
+                "position": evaluation.position,
+                "sigma": evaluation.sigma,
+                "decision": "computed",
+                "reason": evaluation.reason,
+                "seconds": None,
+                "branches": [],
+            }
+        )
+
+    def add(self, call: "Call", blocks_total: int) -> None:
+        """Add the branches of one network call to the open entry."""
+        entry = self.evaluations[-1]
+        if call.evaluation.skip and "computed" in call.decisions:
+            entry["reason"] = "nothing usable is stored yet"
+        for branch, decision in zip(call.branches, call.decisions, strict=True):
+            entry["branches"].append(
+                {
+                    "branch": branch.name,
+                    "decision": decision,
+                    "blocks_computed": blocks_total if decision == "computed" else call.blocks_computed,
+                    "blocks_total": blocks_total,
+                    "tokens": call.tokens,
+                }
+            )
+
+    def close(self, seconds: Callable[[], float]) -> None:
+        """End the open entry. ``seconds`` is read when the document is made, not now."""
+        entry = self.evaluations[-1]
+        decisions = {branch["decision"] for branch in entry["branches"]} or {"computed"}
+        entry["decision"] = decisions.pop() if len(decisions) == 1 else "mixed"
+        self._seconds.append(seconds)
+
+    def document(self, outcome: str, sampler_seconds: float, overhead: float, memory: dict) -> dict[str, Any]:
+        """Return the finished ``trace@1`` document. Reads the clocks, so call it after the run."""
+        for entry, seconds in zip(self.evaluations, self._seconds, strict=False):
+            entry["seconds"] = seconds()
+        timed = [entry["seconds"] for entry in self.evaluations if entry["seconds"] is not None]
+        count = {name: 0 for name in ("computed", "forecast", "reused", "mixed")}
+        for entry in self.evaluations:
+            count[entry["decision"]] += 1
+        return {
+            "schema": SCHEMA,
+            **self.header,
+            "outcome": outcome,
+            "evaluations": self.evaluations,
+            "totals": {"evaluations": len(self.evaluations), **count},
+            "seconds": {
+                "sampler": sampler_seconds,
+                "evaluations": math.fsum(timed),
+                "overhead": overhead,
+            },
+            "memory": memory,
+        }
+
+
+def summary(trace: dict[str, Any]) -> str:
+    """Return a trace in a few plain sentences, with the step strip (``#`` computed, ``~`` forecast, ``.`` reused)."""
+    totals, seconds = trace["totals"], trace["seconds"]
+    marks = {"computed": "#", "forecast": "~", "reused": ".", "mixed": "+"}
+    strip = "".join(marks[entry["decision"]] for entry in trace["evaluations"])
+    skipped = totals["forecast"] + totals["reused"]
+    lines = [
+        f"{trace['model']['family'] or trace['model']['network']} · {trace['sampler']['name']} · "
+        f"{max(len(trace['sigmas']) - 1, 0)} steps · {seconds['sampler']:.3f} s in the sampler",
+        f"{strip}   # computed {totals['computed']}"
+        + (f"  ~ forecast {totals['forecast']}" if totals["forecast"] else "")
+        + (f"  . reused {totals['reused']}" if totals["reused"] else ""),
+    ]
+    computed = _mean_seconds(trace, {"computed"})
+    if skipped and computed:
+        share = (_mean_seconds(trace, {"forecast", "reused"}) or 0.0) / computed
+        ceiling = totals["evaluations"] / (totals["computed"] + totals["mixed"] + share * skipped)
+        lines.append(
+            f"A skipped step costs {share:.0%} of a computed one: {ceiling:.2f}x is the most this run could gain."
+        )
+    lines += [f"{item['technique']}: {item['status']}. {item['reason']}" for item in trace["techniques"]]
+    lines += trace["notes"]
+    if trace["outcome"] != "completed":
+        lines.append(f"This run was {trace['outcome']}; the figures cover what was done until then.")
+    return "\n".join(lines)
+
+
+def _mean_seconds(trace: dict[str, Any], decisions: set[str]) -> float | None:
+    values = [
+        entry["seconds"]
+        for entry in trace["evaluations"][1:]  # the first evaluation also pays for warm-up
+        if entry["decision"] in decisions and entry["seconds"] is not None
+    ]
+    return math.fsum(values) / len(values) if values else None

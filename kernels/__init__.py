@@ -1,0 +1,1 @@
+"""One package per operation: a torch reference that is the specification, and faster forms of it."""

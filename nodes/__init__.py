@@ -1,0 +1,29 @@
+"""What users see: one module per family of nodes."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import ComfyExtension, io
+
+from .cache import StrettoCache
+from .demo import StrettoDemoText
+from .measure import StrettoMeasure
+from .report import StrettoReport
+from .routes import register_routes
+
+DEMO_MODELS = Path(__file__).resolve().parent.parent / "demo" / "models"
+
+
+class StrettoExtension(ComfyExtension):
+    """The pack as ComfyUI sees it."""
+
+    async def on_load(self) -> None:
+        """Offer the demo models to ComfyUI's own loaders, and the traces to the panel."""
+        for folder in ("diffusion_models", "vae", "text_encoders"):
+            if (DEMO_MODELS / folder).is_dir():
+                folder_paths.add_model_folder_path(folder, str(DEMO_MODELS / folder))
+        register_routes()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Return every node of the pack."""
+        return [StrettoCache, StrettoReport, StrettoMeasure, StrettoDemoText]

@@ -1,0 +1,50 @@
+"""Text conditioning for the demo models."""
+
+import logging
+from pathlib import Path
+
+import comfy.model_management
+import folder_paths
+from comfy_api.latest import io
+
+from ..demo.text_encoder import load
+
+FILE = "stretto-demo-text.safetensors"
+log = logging.getLogger("stretto")
+
+
+class StrettoDemoText(io.ComfyNode):
+    """Turn a few words into CONDITIONING for the demo models."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="StrettoDemoText",
+            display_name="Stretto Demo Text",
+            category="Stretto/demo",
+            description="The demo models' own small text encoder. It knows the words of emoji names; "
+            "an empty text is the unconditional input.",
+            inputs=[
+                io.String.Input(
+                    "text",
+                    default="fluent red apple",
+                    multiline=True,
+                    tooltip="Style and name, for example: fluent red apple; flat blue heart; noto cat face.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(display_name="conditioning")],
+        )
+
+    @classmethod
+    def execute(cls, text: str) -> io.NodeOutput:
+        path = folder_paths.get_full_path("text_encoders", FILE)
+        if path is None:
+            raise FileNotFoundError(
+                f"{FILE} is not in any text_encoders folder. It ships with Stretto's repository in demo/models; "
+                "the registry package leaves it out."
+            )
+        states, pooled, unknown = load(Path(path)).encode([text])
+        if unknown:
+            log.warning("Stretto Demo Text does not know: %s", ", ".join(unknown))
+        device = comfy.model_management.intermediate_device()
+        return io.NodeOutput([[states.to(device), {"pooled_output": pooled.to(device)}]])

@@ -1,0 +1,91 @@
+"""Off is off to the bit; engaged but computing everything is, too. Over samplers, guidance, batches, families."""
+
+import comfy.model_base
+import pytest
+import torch
+from stretto.acceleration.hosts import comfy as host
+from stretto.acceleration.plan import Request
+
+from .tiny_models import sample
+
+FAMILIES = ["sd3", "wan", "flux"]
+SAMPLERS = ["euler", "dpmpp_2m", "heun", "euler_ancestral"]
+#: (cfg, batch, split, denoise): every value of every axis, against every family and sampler.
+CASES = [
+    (1.0, 1, False, 1.0),
+    (5.0, 1, False, 1.0),
+    (5.0, 2, False, 0.5),
+    (5.0, 2, True, 1.0),
+    (1.0, 2, True, 0.5),
+]
+OFF = {
+    "taylor": Request("cache", {"method": "Taylor", "interval": 1}),
+    "easycache": Request("cache", {"method": "EasyCache", "threshold": 0.0}),
+    "measure": Request("measure", {"nonce": 1}),
+}
+ENGAGED = {
+    "taylor": Request("cache", {"method": "Taylor", "interval": 1}, force=True),
+    "easycache": Request("cache", {"method": "EasyCache", "threshold": 0.0}, force=True),
+}
+
+
+def split_guidance(monkeypatch):
+    """Make ComfyUI believe that cond and uncond do not fit into one batch."""
+    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *args, **kwargs: 1 << 60)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"cfg{case[0]:g}-batch{case[1]}-{'split' if case[2] else 'merged'}-d{case[3]}")
+def case(request, monkeypatch):
+    """One point of the matrix."""
+    cfg, batch, split, denoise = request.param
+    if split:
+        split_guidance(monkeypatch)
+    return {"cfg": cfg, "batch": batch, "denoise": denoise, "steps": 5}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_off_and_engaged_are_bit_exact(tiny, family, sampler, case):
+    plain = sample(tiny(family), family, sampler=sampler, **case)
+    for name, wanted in OFF.items():
+        result = sample(host.request(tiny(family), wanted), family, sampler=sampler, **case)
+        assert torch.equal(plain, result), f"off: {name}"
+    for name, wanted in ENGAGED.items():
+        result = sample(host.request(tiny(family), wanted), family, sampler=sampler, **case)
+        trace = host.TRACES.of_prompt(None)[-1]
+        assert trace["techniques"][-1]["status"] != "off", name
+        assert all(b["blocks_computed"] == b["blocks_total"] for e in trace["evaluations"] for b in e["branches"])
+        assert torch.equal(plain, result), f"engaged: {name}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engaged_hooks_really_see_every_block(tiny, family):
+    """A short-circuit that never engages would prove nothing: the store must have been written."""
+    sample(host.request(tiny(family), ENGAGED["taylor"]), family, steps=4)
+    trace = host.TRACES.of_prompt(None)[-1]
+    assert trace["memory"]["store_peak_bytes"] > 0
+    assert trace["totals"] == {"evaluations": 4, "computed": 4, "forecast": 0, "reused": 0, "mixed": 0}
+
+
+@pytest.mark.parametrize("method", [{"method": "Taylor"}, {"method": "EasyCache", "threshold": 1.0}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_and_split_guidance_skip_the_same_steps(tiny, family, method, monkeypatch):
+    def run():
+        model = host.request(tiny(family), Request("cache", {**method, "warmup": 2}))
+        result = sample(model, family, batch=2, steps=24)
+        return result, [e["decision"] for e in host.TRACES.of_prompt(None)[-1]["evaluations"]]
+
+    merged, decisions = run()
+    split_guidance(monkeypatch)
+    split, split_decisions = run()
+    assert "computed" in decisions and len(set(decisions)) > 1
+    assert decisions == split_decisions
+    # Batching changes matmul rounding, which the sampler amplifies; nothing else may differ.
+    assert (merged - split).norm() < 1e-3 * merged.norm()
+
+
+def test_measuring_beside_a_cache_changes_nothing(tiny):
+    cached = host.request(tiny("sd3"), Request("cache", {"method": "Taylor"}))
+    alone = sample(cached, "sd3")
+    both = sample(host.request(cached, Request("measure", {"nonce": 5})), "sd3")
+    assert torch.equal(alone, both)
