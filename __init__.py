@@ -12,6 +12,7 @@ __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
 async def comfy_entrypoint():
     """Return the ComfyUI extension (V3 entry point; ComfyUI awaits it once at start-up)."""
-    from .nodes import StrettoExtension
+    from .nodes import StrettoExtension, prepare
 
+    prepare()
     return StrettoExtension()

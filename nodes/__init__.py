@@ -14,15 +14,19 @@ from .routes import register_routes
 DEMO_MODELS = Path(__file__).resolve().parent.parent / "demo" / "models"
 
 
+def prepare() -> None:
+    """Offer the demo models to ComfyUI's own loaders, and the traces to the panel.
+
+    Done here and not in ``ComfyExtension.on_load``, which ComfyUI 0.3.76 never calls.
+    """
+    for folder in ("diffusion_models", "vae", "text_encoders"):
+        path = DEMO_MODELS / folder if (DEMO_MODELS / folder).is_dir() else DEMO_MODELS
+        folder_paths.add_model_folder_path(folder, str(path))
+    register_routes()
+
+
 class StrettoExtension(ComfyExtension):
     """The pack as ComfyUI sees it."""
-
-    async def on_load(self) -> None:
-        """Offer the demo models to ComfyUI's own loaders, and the traces to the panel."""
-        for folder in ("diffusion_models", "vae", "text_encoders"):
-            if (DEMO_MODELS / folder).is_dir():
-                folder_paths.add_model_folder_path(folder, str(DEMO_MODELS / folder))
-        register_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return every node of the pack."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stretto.acceleration.caching.indicator import TransformRate
 from stretto.acceleration.caching.policy import Accumulator, Rails, interval_mask
 from stretto.acceleration.caching.store import SnapshotStore

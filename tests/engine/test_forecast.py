@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import BarycentricInterpolator
+
 from stretto.acceleration.caching.forecast import newton_weights
 from stretto.kernels.weighted_sum import weighted_sum
 

@@ -7,6 +7,7 @@ import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stretto.acceleration.compatibility import TECHNIQUES, add_request, compatible
 from stretto.acceleration.errors import ConflictError, SchemaError, StrettoError
 from stretto.acceleration.plan import Plan, Request

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stretto.acceleration.sampling import SAMPLERS, schedule_of, traits_of
 
 levels = st.lists(st.floats(0.01, 50), min_size=2, max_size=30, unique=True).map(lambda xs: [*sorted(xs, reverse=True), 0.0])

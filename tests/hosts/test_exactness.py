@@ -3,6 +3,7 @@
 import comfy.model_base
 import pytest
 import torch
+
 from stretto.acceleration.hosts import comfy as host
 from stretto.acceleration.plan import Request
 

@@ -7,6 +7,7 @@ import weakref
 import comfy.model_management
 import pytest
 import torch
+
 from stretto.acceleration.caching import store as store_module
 from stretto.acceleration.hosts import comfy as host
 from stretto.acceleration.plan import Request

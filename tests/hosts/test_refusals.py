@@ -5,6 +5,7 @@ from itertools import permutations
 import pytest
 import torch
 from comfy_extras.nodes_easycache import EasyCacheHolder, LazyCacheHolder
+
 from stretto.acceleration.errors import ConflictError, StrettoError
 from stretto.acceleration.hosts import comfy as host
 from stretto.acceleration.plan import Request

@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""The demonstration: ComfyUI, the same pictures plain and accelerated, a report, then a panel to play with.
+
+Called by ./demo.sh; see `./demo.sh --help`.
+"""
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from types import FrameType
+
+from bootstrap import add_arguments, wishes_from
+from launch.comfyui_server import HOST, Child, require_free_port, require_pack, start_comfyui
+from launch.console import Progress, SetupError, clock, say
+from launch.installation import Installation, prepare
+from launch.pins import ROOT
+
+LOGS = ROOT / ".cache" / "logs"
+REPORT = ROOT / "report"
+WORKFLOWS = ("workflows/demo-image-taylor.json", "workflows/demo-image-easycache.json")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="demo.sh", description="Show what Stretto does, on this machine.")
+    parser.add_argument("--once", action="store_true", help="stop ComfyUI and exit after the report")
+    parser.add_argument("--port", type=int, default=8188, help="port for ComfyUI (default 8188)")
+    parser.add_argument("--panel-port", type=int, default=7860, help="port for the panel (default 7860)")
+    add_arguments(parser)
+    return parser.parse_args()
+
+
+def terminate(number: int, _frame: FrameType | None) -> None:
+    """Turn a signal into an exception, so that every child is stopped on the way out."""
+    raise SystemExit(128 + number)
+
+
+def start_server(installation: Installation, port: int) -> Child:
+    """Start ComfyUI, showing that something happens; stop it again when it does not come up."""
+    progress = Progress("ComfyUI")
+    server = start_comfyui(
+        installation.comfyui, installation.python, port, LOGS / "comfyui.log", own=installation.own
+    )
+    try:
+        server.wait_for(f"http://{HOST}:{port}/system_stats", lambda _: progress.update("starting"))
+        require_pack(f"http://{HOST}:{port}", server.log)
+    except BaseException:
+        # Also on Ctrl-C; the caller does not have the child yet.
+        server.stop()
+        raise
+    finally:
+        progress.close()
+    say(f"ComfyUI runs at http://{HOST}:{port} after {clock(progress.seconds)}")
+    return server
+
+
+def compare(installation: Installation, url: str) -> int:
+    """Measure plain against accelerated and write the report; return the exit status."""
+    command = [str(installation.panel_python), "cli.py", "compare", "--server", url]
+    for workflow in WORKFLOWS:
+        command += ["--workflow", workflow]
+    command += ["--prompts", "demo/heldout_prompts.json", "--count", "6", "--repeats", "3", "--out", str(REPORT)]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def start_panel(installation: Installation, url: str, port: int) -> Child:
+    """Start the panel and wait until it answers."""
+    progress = Progress("Panel")
+    command = [str(installation.panel_python), "-u", "cli.py", "panel", "--server", url, "--port", str(port)]
+    panel = Child(command, LOGS / "panel.log", ROOT, "The panel")
+    try:
+        panel.wait_for(f"http://{HOST}:{port}/", lambda _: progress.update("starting"), limit=120.0)
+    except BaseException:
+        # Also on Ctrl-C; the caller does not have the child yet.
+        panel.stop()
+        raise
+    finally:
+        progress.close()
+    return panel
+
+
+def stay(children: list[Child]) -> int:
+    """Wait until the person stops us or a child dies."""
+    while True:
+        time.sleep(0.5)
+        for child in children:
+            if not child.alive():
+                say(f"{child.last_lines()}\n{child.name} has stopped: the whole log is {child.log}.")
+                return 1
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it all; return the exit status."""
+    require_free_port(arguments.port, "ComfyUI", "--port")
+    if not arguments.once:
+        require_free_port(arguments.panel_port, "the panel", "--panel-port")
+    installation = prepare(wishes_from(arguments))
+    url = f"http://{HOST}:{arguments.port}"
+    with ExitStack() as children:
+        server = start_server(installation, arguments.port)
+        children.callback(server.stop)
+        status = compare(installation, url)
+        if status != 0 and not server.alive():
+            say(f"{server.last_lines()}\nComfyUI stopped during the comparison: the whole log is {server.log}.")
+        if status == 0:
+            say(f"Report: {REPORT / 'index.html'}")
+        if arguments.once or status != 0:
+            return status
+        panel = start_panel(installation, url, arguments.panel_port)
+        children.callback(panel.stop)
+        say(f"ComfyUI: {url} (the workflows are under Templates, Stretto)")
+        say(f"Panel:   http://{HOST}:{arguments.panel_port}")
+        say("Press Ctrl-C to stop both.")
+        return stay([server, panel])
+
+
+def main() -> int:
+    """Run the command; return the exit status."""
+    arguments = parse()
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), terminate)
+    try:
+        return run(arguments)
+    except SetupError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        say("\nStopped.")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

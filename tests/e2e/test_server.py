@@ -1,0 +1,174 @@
+"""The real ComfyUI runs the shipped workflows: exact where exactness is promised, clear where something is wrong."""
+
+import json
+import time
+
+import jsonschema
+import numpy as np
+import pytest
+
+from stretto.web.panel.measure.workflow import BYPASSED, ui_to_api
+
+from .comfy_api import Refused
+from .shipped import ACCELERATED, KINDS, ROOT, key_of, load_ui
+
+STEPS = 28
+
+
+@pytest.fixture(scope="session")
+def schema():
+    """The JSON Schema of a trace."""
+    return json.loads((ROOT / "acceleration" / "schemas" / "trace.v1.json").read_text(encoding="utf-8"))
+
+
+def picture(comfy, api):
+    """Run a workflow; return the run and its picture."""
+    run = comfy.run(api)
+    return run, comfy.pixels(run, key_of(api, "SaveImage"))
+
+
+def test_the_nodes_are_there(object_info):
+    assert {"StrettoCache", "StrettoMeasure", "StrettoReport", "StrettoDemoText"} <= set(object_info)
+
+
+def test_comfyui_loaded_the_pack_without_complaints(server):
+    log = server.log.read_text(encoding="utf-8", errors="replace")
+    assert "IMPORT FAILED" not in log
+    assert "Error while calling comfy_entrypoint" not in log
+    assert "Unable to parse pyproject" not in log
+
+
+def test_the_templates_are_offered(comfy):
+    assert set(comfy.get("/workflow_templates")["stretto"]) >= {f"demo-image-{kind}" for kind in KINDS}
+    for kind in KINDS:
+        assert comfy.get(f"/api/workflow_templates/stretto/demo-image-{kind}.json") == load_ui(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_shipped_workflow_runs_and_repeats(kind, comfy, api):
+    first, pixels = picture(comfy, api(kind))
+    second, again = picture(comfy, api(kind))
+    assert first.prompt_id != second.prompt_id
+    assert len(comfy.traces(second)) == 1, "the second run came from the node cache, so it proves nothing"
+    assert pixels.shape == (64, 64, 3)
+    assert pixels.std() > 1.0, "the picture is empty"
+    np.testing.assert_array_equal(pixels, again)
+
+
+@pytest.mark.parametrize("kind", ACCELERATED)
+def test_bypassing_the_cache_gives_the_plain_picture(kind, comfy, api, object_info):
+    _, plain = picture(comfy, api("plain"))
+    _, accelerated = picture(comfy, api(kind))
+    ui = load_ui(kind)
+    for node in ui["nodes"]:
+        if node["type"] == "StrettoCache":
+            node["mode"] = BYPASSED
+    _, bypassed = picture(comfy, ui_to_api(ui, object_info))
+    np.testing.assert_array_equal(plain, bypassed)
+    assert not np.array_equal(plain, accelerated), "the cache changed nothing, so this test proves nothing"
+
+
+def test_a_run_without_any_of_our_nodes_gives_the_plain_picture(comfy, api):
+    _, plain = picture(comfy, api("plain"))
+    bare = api("plain")
+    loader = key_of(bare, "UNETLoader")
+    for name in ("StrettoMeasure", "StrettoReport", "PreviewImage"):
+        del bare[key_of(bare, name)]
+    bare[key_of(bare, "KSampler")]["inputs"]["model"] = [loader, 0]
+    _, without = picture(comfy, bare)
+    np.testing.assert_array_equal(plain, without)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_trace_tells_what_happened(kind, comfy, api, schema):
+    prompt = api(kind)
+    run = comfy.run(prompt)
+    (trace,) = comfy.traces(run)
+    jsonschema.validate(trace, schema)
+    assert trace["prompt_id"] == run.prompt_id
+    assert trace["sampler_node"] == key_of(prompt, "KSampler")
+    assert trace["outcome"] == "completed"
+    assert len(trace["evaluations"]) == trace["totals"]["evaluations"] == STEPS
+    skipped = trace["totals"]["forecast"] + trace["totals"]["reused"]
+    assert trace["totals"]["computed"] + skipped == STEPS
+    assert (skipped > 0) == (kind != "plain")
+
+
+def test_an_unknown_run_has_no_traces(comfy):
+    assert comfy.get("/stretto/traces", prompt_id="no-such-run")["traces"] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_report_shows_text_and_timeline(kind, comfy, api):
+    prompt = api(kind)
+    run = comfy.run(prompt)
+    shown = run.outputs[key_of(prompt, "StrettoReport")]
+    assert len(shown["text"]) == 1
+    assert str(STEPS) in shown["text"][0]
+    assert shown["images"][0]["type"] == "temp"
+    timeline = comfy.pixels(run, key_of(prompt, "StrettoReport"))
+    assert timeline.shape[1] > timeline.shape[0] > 20
+    np.testing.assert_array_equal(timeline, comfy.pixels(run, key_of(prompt, "PreviewImage")))
+
+
+def test_two_caches_are_refused_with_both_names(comfy, api):
+    prompt = api("taylor")
+    cache = key_of(prompt, "StrettoCache")
+    prompt["second"] = {
+        "class_type": "StrettoCache",
+        "inputs": {**prompt[cache]["inputs"], "model": [cache, 0], "method": "EasyCache"},
+    }
+    prompt[key_of(prompt, "StrettoMeasure")]["inputs"]["model"] = ["second", 0]
+    error = comfy.attempt(prompt).error
+    assert error["node_id"] == "second"
+    assert "Taylor" in error["exception_message"]
+    assert "EasyCache" in error["exception_message"]
+
+
+@pytest.mark.parametrize(("field", "value"), [("threshold", 1.5), ("interval", 0), ("order", 3), ("method", "None")])
+def test_settings_out_of_range_are_refused_before_anything_runs(field, value, comfy, api):
+    prompt = api("taylor")
+    cache = key_of(prompt, "StrettoCache")
+    prompt[cache]["inputs"][field] = value
+    with pytest.raises(Refused) as refused:
+        comfy.queue(prompt)
+    assert refused.value.errors[cache]["errors"][0]["extra_info"]["input_name"] == field
+
+
+@pytest.mark.parametrize("name", ["truncated.safetensors", "foreign.safetensors"])
+def test_a_broken_model_file_is_one_message_and_the_next_run_is_fine(name, comfy, api):
+    _, before = picture(comfy, api("plain"))
+    prompt = api("taylor")
+    prompt[key_of(prompt, "UNETLoader")]["inputs"]["unet_name"] = name
+    error = comfy.attempt(prompt).error
+    assert error["node_type"] == "UNETLoader"
+    assert error["exception_message"]
+    _, after = picture(comfy, api("plain"))
+    np.testing.assert_array_equal(before, after)
+
+
+def test_an_interrupt_in_the_middle_leaves_nothing_behind(comfy, api):
+    _, before = picture(comfy, api("taylor"))
+    prompt = api("taylor")
+    prompt[key_of(prompt, "KSampler")]["inputs"]["steps"] = 5000
+    prompt_id = comfy.queue(prompt)
+    deadline = time.monotonic() + 30
+    while not comfy.get("/queue")["queue_running"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    comfy.post("/interrupt", {})
+    assert "execution_interrupted" in comfy.wait(prompt_id, limit=60.0).messages
+    _, after = picture(comfy, api("taylor"))
+    np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize(("width", "batch"), [(128, 1), (64, 2)])
+def test_another_size_in_between_leaves_nothing_behind(width, batch, comfy, api):
+    _, before = picture(comfy, api("taylor"))
+    other = api("taylor")
+    other[key_of(other, "EmptySD3LatentImage")]["inputs"].update(width=width, batch_size=batch)
+    run, pixels = picture(comfy, other)
+    assert pixels.shape[1] == width
+    assert len(run.outputs[key_of(other, "SaveImage")]["images"]) == batch
+    _, after = picture(comfy, api("taylor"))
+    np.testing.assert_array_equal(before, after)

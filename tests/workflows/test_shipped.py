@@ -1,0 +1,126 @@
+"""Every workflow that the pack ships fits the nodes it uses: ids, links, types, ranges and widget order."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+COMMENTS = ("Note", "MarkdownNote")
+# Lists that ComfyUI fills with the files it finds; checked against demo/models by the server tests.
+FILE_LISTS = ("unet_name", "vae_name")
+
+
+def nodes_of(ui: dict[str, Any]) -> list[dict[str, Any]]:
+    """The nodes that run."""
+    return [node for node in ui["nodes"] if node["type"] not in COMMENTS]
+
+
+def test_the_three_demo_workflows_exist():
+    assert {path.stem for path in WORKFLOWS.glob("*.json")} >= {
+        "demo-image-plain", "demo-image-easycache", "demo-image-taylor",
+    }
+
+
+def test_names_are_fit_for_a_template_address():
+    for path in WORKFLOWS.iterdir():
+        assert re.fullmatch(r"[A-Za-z0-9_.-]+", path.name), path.name
+
+
+def test_no_second_folder_hides_the_templates():
+    root = WORKFLOWS.parent
+    assert not [name for name in ("example_workflows", "example", "examples", "workflow") if (root / name).exists()]
+
+
+def test_ids_are_unique_and_counted(shipped):
+    ids = [node["id"] for node in shipped["nodes"]]
+    links = [link[0] for link in shipped["links"]]
+    assert len(set(ids)) == len(ids)
+    assert len(set(links)) == len(links)
+    assert shipped["last_node_id"] >= max(ids)
+    assert shipped["last_link_id"] >= max(links)
+    assert shipped["version"] == 0.4
+
+
+def test_both_ends_of_every_link_agree(shipped):
+    nodes = {node["id"]: node for node in shipped["nodes"]}
+    for link_id, source, source_slot, target, target_slot, kind in shipped["links"]:
+        output = nodes[source]["outputs"][source_slot]
+        entry = nodes[target]["inputs"][target_slot]
+        assert link_id in output["links"]
+        assert entry["link"] == link_id
+        assert output["type"] == entry["type"] == kind
+    mentioned = [entry["link"] for node in shipped["nodes"] for entry in node["inputs"] if entry["link"] is not None]
+    assert sorted(mentioned) == sorted(link[0] for link in shipped["links"])
+
+
+def test_slots_are_those_of_the_node_schemas(shipped, object_info, workflow):
+    for node in nodes_of(shipped):
+        schema = workflow.node_schema(node["type"], object_info, node["id"])
+        sockets = [(socket.name, socket.kind) for socket in schema.sockets]
+        widgets = [widget.name for widget in schema.widgets]
+        assert [(e["name"], e["type"]) for e in node["inputs"] if "widget" not in e] == sockets
+        assert [e["widget"]["name"] for e in node["inputs"] if "widget" in e] == widgets
+        assert [(output["name"], output["type"]) for output in node["outputs"]] == list(schema.outputs)
+
+
+def test_widget_values_are_complete_and_allowed(shipped, object_info, workflow):
+    api = workflow.ui_to_api(shipped, object_info)
+    for node in nodes_of(shipped):
+        schema = workflow.node_schema(node["type"], object_info, node["id"])
+        stored = len(schema.widgets) + sum(widget.has_control for widget in schema.widgets)
+        assert len(node["widgets_values"]) == stored
+        for widget in schema.widgets:
+            spec = object_info[node["type"]]["input"]["required"][widget.name]
+            options = spec[1] if len(spec) > 1 else {}
+            value = api[str(node["id"])]["inputs"][widget.name]
+            if widget.kind in ("INT", "FLOAT"):
+                assert options.get("min", value) <= value <= options.get("max", value), (node["type"], widget.name)
+            if widget.kind == "COMBO" and widget.name not in FILE_LISTS:
+                assert value in widget.choices, (node["type"], widget.name)
+
+
+def test_every_node_says_where_it_comes_from(shipped):
+    for node in nodes_of(shipped):
+        ours = node["type"].startswith("Stretto")
+        assert node["properties"]["cnr_id"] == ("stretto" if ours else "comfy-core")
+        assert node["properties"]["Node name for S&R"] == node["type"]
+
+
+def test_a_note_says_what_to_look_at(shipped):
+    notes = [node for node in shipped["nodes"] if node["type"] == "MarkdownNote"]
+    assert len(notes) == 1
+    assert len(notes[0]["widgets_values"][0]) > 100
+
+
+def test_nodes_do_not_overlap(shipped):
+    boxes = [(node["id"], *node["pos"], *node["size"]) for node in shipped["nodes"]]
+    title = 30
+    for index, (first, x, y, width, height) in enumerate(boxes):
+        for second, x2, y2, width2, height2 in boxes[index + 1:]:
+            apart = x + width <= x2 or x2 + width2 <= x or y + height <= y2 - title or y2 + height2 <= y - title
+            assert apart, f"nodes {first} and {second} overlap"
+
+
+@pytest.mark.parametrize("name", ["demo-image-easycache", "demo-image-taylor"])
+def test_an_accelerated_workflow_is_the_plain_one_and_a_cache(name, object_info, workflow):
+    plain, accelerated = (
+        json.loads((WORKFLOWS / f"{stem}.json").read_text(encoding="utf-8")) for stem in ("demo-image-plain", name)
+    )
+    for node in accelerated["nodes"]:
+        if node["type"] == "StrettoCache":
+            node["mode"] = workflow.BYPASSED
+    bypassed = workflow.ui_to_api(accelerated, object_info)
+    wanted = workflow.ui_to_api(plain, object_info)
+    for node in (*bypassed.values(), *wanted.values()):
+        node["inputs"].pop("filename_prefix", None)
+    assert bypassed == wanted
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_workflow_has_a_thumbnail(path):
+    if not path.with_suffix(".jpg").exists():
+        pytest.skip("thumbnails are made by scripts/make_thumbnails.py once the demo model is trained")
+    assert path.with_suffix(".jpg").read_bytes()[:3] == b"\xff\xd8\xff"

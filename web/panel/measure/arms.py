@@ -1,0 +1,308 @@
+"""Arms of a comparison and the edits that make one out of a workflow (API JSON, never changed in place).
+
+Nothing here depends on fixed node ids: samplers are found by class, everything else by following their links.
+"""
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import WorkflowError
+
+Api = dict[str, dict[str, Any]]
+
+SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
+MEASURE = "StrettoMeasure"
+REPORT = "StrettoReport"
+PREFIX = "Stretto"
+ROLES = ("plain", "accelerated", "fewer-steps", "reference")
+# KSampler treats every denoise above 0.9999 as 1: room for a nonce where StrettoMeasure does not exist.
+FULL_DENOISE, DENOISE_QUANTUM = 0.9999, 1e-12
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of making the picture: `role` is one of `ROLES`, `workflow` is API JSON."""
+
+    name: str
+    label: str
+    workflow: Api
+    role: str = "accelerated"
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role {self.role!r} is not one of {', '.join(ROLES)}")
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.name):
+            raise ValueError(f"arm name {self.name!r} must be lower-case words joined by hyphens: it names files")
+
+
+def name_of(label: str, taken: Iterable[str] = ()) -> str:
+    """A free arm name made from a label: "Taylor (every 2)" -> "taylor-every-2"."""
+    base = "-".join(re.findall(r"[a-z0-9]+", label.lower())) or "arm"
+    taken = set(taken)
+    return next(name for name in (base, *(f"{base}-{n}" for n in range(2, len(taken) + 3))) if name not in taken)
+
+
+def is_link(value: Any) -> bool:
+    """Whether an input value is a link [node id, output slot]."""
+    return (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+            and isinstance(value[1], int) and not isinstance(value[1], bool))
+
+
+def sampler_ids(api: Api) -> list[str]:
+    """Ids of the sampler nodes, in the order of the file; raises `WorkflowError` when there is none."""
+    found = [key for key, node in api.items() if node.get("class_type") in SAMPLERS]
+    if not found:
+        raise WorkflowError(f"The workflow has no sampler node ({', '.join(SAMPLERS)}).")
+    return found
+
+
+def fingerprint(api: Api) -> str:
+    """Hash of a workflow, independent of key order."""
+    return hashlib.sha256(json.dumps(api, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# Finding what to set
+
+def _upstream(api: Api, link: Any, wanted: Callable[[dict[str, Any]], bool], skip: Iterable[str] = ()) -> str | None:
+    """Id of the nearest node at or above `link` that is `wanted`; inputs named in `skip` are not followed."""
+    queue: deque[str] = deque([link[0]] if is_link(link) else [])
+    seen: set[str] = set()
+    while queue:
+        key = queue.popleft()
+        if key in seen or key not in api:
+            continue
+        seen.add(key)
+        inputs = api[key].get("inputs", {})
+        if wanted(inputs):
+            return key
+        queue.extend(value[0] for name, value in inputs.items() if is_link(value) and name not in skip)
+    return None
+
+
+def _holder(api: Api, sampler: str, fields: tuple[str, ...], via: tuple[str, ...]) -> tuple[str, str] | None:
+    """Node and input that hold a sampler setting: the sampler itself, or a node above its inputs `via`."""
+    inputs = api[sampler]["inputs"]
+    for name in fields:
+        if name in inputs:
+            return sampler, name
+    for entry in via:
+        for name in fields:
+            key = _upstream(api, inputs.get(entry), lambda node, name=name: name in node and not is_link(node[name]))
+            if key is not None:
+                return key, name
+    return None
+
+
+def _text_holders(api: Api) -> list[tuple[str, str]]:
+    """Nodes and inputs with the positive prompt, one per sampler."""
+    holders = []
+    for sampler in sampler_ids(api):
+        inputs = api[sampler]["inputs"]
+        entry = inputs.get("positive")
+        if entry is None and is_link(inputs.get("guider")):
+            guider = api.get(inputs["guider"][0], {}).get("inputs", {})
+            entry = guider.get("positive", guider.get("conditioning"))
+        for name in ("text", "prompt", "value", "string"):
+            key = _upstream(api, entry, lambda node, name=name: isinstance(node.get(name), str),
+                            skip=("negative", "model", "vae", "clip"))
+            if key is not None:
+                holders.append((key, name))
+                break
+    return list(dict.fromkeys(holders))
+
+
+def _set(api: Api, holders: Iterable[tuple[str, str] | None], value: Any, what: str) -> Api:
+    """A copy of `api` with `value` in every holder; raises `WorkflowError` when there is no holder."""
+    places = [place for place in holders if place is not None]
+    if not places:
+        raise WorkflowError(f"The workflow has no {what} that could be set.")
+    edited = copy.deepcopy(api)
+    for key, name in places:
+        edited[key]["inputs"][name] = value
+    return edited
+
+
+def _seed_holders(api: Api) -> list[tuple[str, str] | None]:
+    return [_holder(api, key, ("seed", "noise_seed"), ("noise",)) for key in sampler_ids(api)]
+
+
+def _step_holders(api: Api) -> list[tuple[str, str] | None]:
+    return [_holder(api, key, ("steps",), ("sigmas",)) for key in sampler_ids(api)]
+
+
+def _batch_holders(api: Api) -> list[tuple[str, str] | None]:
+    return [_holder(api, key, ("batch_size",), ("latent_image",)) for key in sampler_ids(api)]
+
+
+def _read(api: Api, holders: Iterable[tuple[str, str] | None]) -> Any:
+    """The value in the first holder that holds one and not a link, or None."""
+    for place in holders:
+        if place is not None and not is_link(value := api[place[0]]["inputs"][place[1]]):
+            return value
+    return None
+
+
+# Edits: each returns a changed copy
+
+def set_prompt(api: Api, text: str) -> Api:
+    """Set the positive prompt, found upstream of the samplers' positive conditioning."""
+    return _set(api, _text_holders(api), text, "prompt text above the sampler's positive input")
+
+
+def set_seed(api: Api, seed: int) -> Api:
+    """Set the noise seed of every sampler."""
+    return _set(api, _seed_holders(api), seed, "seed")
+
+
+def set_steps(api: Api, steps: int) -> Api:
+    """Set the number of sampling steps."""
+    if steps < 1:
+        raise WorkflowError(f"The number of steps must be at least 1, not {steps}.")
+    return _set(api, _step_holders(api), steps, "number of steps")
+
+
+def set_batch(api: Api, batch: int) -> Api:
+    """Set how many pictures one run makes."""
+    if batch < 1:
+        raise WorkflowError(f"The batch size must be at least 1, not {batch}.")
+    return _set(api, _batch_holders(api), batch, "batch size above the sampler's latent input")
+
+
+def set_inputs(api: Api, class_type: str, **values: Any) -> Api:
+    """Set inputs of every node of a class."""
+    holders = [(key, name) for key, node in api.items() if node["class_type"] == class_type for name in values]
+    edited = _set(api, holders, None, f"{class_type} node")
+    for key, name in holders:
+        edited[key]["inputs"][name] = values[name]
+    return edited
+
+
+def fewer_steps(api: Api, steps: int) -> Api:
+    """The competitor that costs nothing: the same sampler with `steps` steps."""
+    return set_steps(api, steps)
+
+
+def get_prompt(api: Api) -> str | None:
+    """The positive prompt as the workflow has it."""
+    return _read(api, _text_holders(api))
+
+
+def get_seed(api: Api) -> int | None:
+    """The noise seed as the workflow has it."""
+    return _read(api, _seed_holders(api))
+
+
+def get_steps(api: Api) -> int | None:
+    """The number of steps as the workflow has it."""
+    return _read(api, _step_holders(api))
+
+
+def get_batch(api: Api) -> int | None:
+    """The batch size as the workflow has it."""
+    return _read(api, _batch_holders(api))
+
+
+def accelerators(api: Api) -> list[str]:
+    """Class names of this pack's nodes that take a MODEL and change how it runs, in the order of the file."""
+    return list(dict.fromkeys(
+        node["class_type"] for node in api.values()
+        if node["class_type"].startswith(PREFIX) and node["class_type"] != MEASURE
+        and is_link(node.get("inputs", {}).get("model"))))
+
+
+def bypass(api: Api, class_types: Iterable[str]) -> Api:
+    """Remove the nodes of these classes and link their consumers to what came in at `model`."""
+    classes = set(class_types)
+    edited = copy.deepcopy(api)
+    for key in [key for key, node in edited.items() if node["class_type"] in classes]:
+        source = edited[key].get("inputs", {}).get("model")
+        if not is_link(source):
+            raise WorkflowError(f"{edited[key]['class_type']} (node {key}) has no MODEL input, so it cannot be bypassed.")
+        del edited[key]
+        for node in edited.values():
+            for name, value in node.get("inputs", {}).items():
+                if is_link(value) and value[0] == key:
+                    node["inputs"][name] = list(source)
+    return edited
+
+
+def plain(api: Api) -> Api:
+    """The workflow without any accelerating node of this pack."""
+    return bypass(api, accelerators(api))
+
+
+def remove(api: Api, class_types: Iterable[str]) -> Api:
+    """Remove the nodes of these classes and everything that is fed by them."""
+    classes = set(class_types)
+    edited = copy.deepcopy(api)
+    gone = {key for key, node in edited.items() if node["class_type"] in classes}
+    while gone:
+        for key in gone:
+            del edited[key]
+        gone = {key for key, node in edited.items() if any(
+            is_link(value) and value[0] not in edited for value in node.get("inputs", {}).values())}
+    return edited
+
+
+def prepare(api: Api) -> Api:
+    """A workflow fit for measuring: nothing is drawn, and pictures become previews, so that no file is left behind."""
+    edited = remove(api, [REPORT])
+    saving = [key for key, node in edited.items() if node["class_type"] == "SaveImage"]
+    if saving:
+        edited = remove(edited, ["PreviewImage"])
+    for key in saving:
+        edited[key] = {"class_type": "PreviewImage", "inputs": {"images": edited[key]["inputs"].get("images")}}
+    return edited
+
+
+def ensure_measure(api: Api, nonce: int) -> Api:
+    """Put StrettoMeasure with this nonce directly before the model input of every sampler."""
+    edited = copy.deepcopy(api)
+    for sampler in sampler_ids(api):
+        consumer = sampler
+        if not is_link(edited[sampler]["inputs"].get("model")):
+            guider = edited[sampler]["inputs"].get("guider")
+            consumer = guider[0] if is_link(guider) and guider[0] in edited else sampler
+        source = edited[consumer]["inputs"].get("model")
+        if not is_link(source) or source[0] not in edited:
+            raise WorkflowError(f"The model input of sampler node {sampler} is not connected.")
+        if edited[source[0]]["class_type"] == MEASURE:
+            edited[source[0]]["inputs"]["nonce"] = nonce
+            continue
+        key = f"measure-{consumer}"
+        edited[key] = {"class_type": MEASURE, "inputs": {"model": list(source), "nonce": nonce}}
+        edited[consumer]["inputs"]["model"] = [key, 0]
+    return edited
+
+
+def defeat_cache_without_pack(api: Api, nonce: int) -> Api:
+    """Change each KSampler so that ComfyUI's node cache misses and the picture stays the same."""
+    edited = copy.deepcopy(api)
+    for sampler in sampler_ids(api):
+        denoise = edited[sampler]["inputs"].get("denoise")
+        if not isinstance(denoise, (int, float)) or denoise <= FULL_DENOISE:
+            raise WorkflowError("This server lacks the Stretto nodes, and without them only KSampler with denoise 1 "
+                                "can be measured.")
+        edited[sampler]["inputs"]["denoise"] = 1.0 - (nonce % 10_000_000) * DENOISE_QUANTUM
+    return edited
+
+
+def label_of(api: Api, fallback: str) -> str:
+    """A short name for what accelerates a workflow, out of its nodes' settings."""
+    parts = []
+    for node in api.values():
+        inputs = node.get("inputs", {})
+        if node["class_type"] == "StrettoCache":
+            setting = (f"threshold {inputs.get('threshold')}" if inputs.get("method") == "EasyCache"
+                       else f"every {inputs.get('interval')}, order {inputs.get('order')}")
+            parts.append(f"{inputs.get('method')} ({setting})")
+        elif node["class_type"] in accelerators(api):
+            parts.append(node["class_type"].removeprefix(PREFIX))
+    return " + ".join(parts) or fallback

@@ -1,0 +1,214 @@
+"""The report of a comparison: report@1 as JSON, and one self-contained HTML page made from it."""
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from .arms import Arm
+from .errors import ReportError
+from .interleave import Cell, Measurement
+from .metrics import read_rgb
+from .pictures import DIFFERENCE_GAIN, TINY, data_uri, difference
+from .summary import arm_row, by_arm, score_pictures
+from .table import columns, format_bytes, format_count, format_decibel, format_ratio, format_seconds
+from .timeline import timeline_svg
+
+SCHEMA = "report@1"
+TEMPLATES = Path(__file__).parent / "templates"
+STYLE = TEMPLATES / "style.css"
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything a report is made from; `folder` holds the pictures that the measurements name."""
+
+    folder: Path
+    arms: Sequence[Arm]
+    cells: Sequence[Cell]
+    measurements: Sequence[Measurement]
+    server: dict[str, Any]
+    settings: dict[str, Any]
+    command: str
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def build_report(results: Results) -> Report:
+    """Results -> report@1 (acceleration/schemas/report.v1.json)."""
+    runs = by_arm(results.measurements)
+    cells = [_cell_entry(results, cell, runs) for cell in results.cells]
+    plain = runs.get("plain", [])
+    arms = [arm_row(arm, runs.get(arm.name, []), plain,
+                    [cell["pictures"][arm.name] for cell in cells if arm.name in cell["pictures"]])
+            for arm in results.arms]
+    report: Report = {
+        "schema": SCHEMA,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "headline": headline(arms),
+        "command": results.command,
+        "server": results.server,
+        "settings": results.settings,
+        "arms": arms,
+        "cells": cells,
+        "measurements": [_measurement_entry(m) for arm in results.arms for m in runs.get(arm.name, [])],
+        "notes": list(results.notes),
+    }
+    return report
+
+
+def _cell_entry(results: Results, cell: Cell, runs: dict[str, list[Measurement]]) -> dict[str, Any]:
+    """Prompt, seed and the pictures of every arm with their scores."""
+    files = {name: next((m.pictures for m in found if m.cell == cell.index and m.pictures), None)
+             for name, found in runs.items()}
+    pictures = {name: score_pictures(results.folder, found, files.get("plain") if name != "plain" else None,
+                                     files.get("reference") if name != "reference" else None)
+                for name, found in files.items() if found}
+    return {"index": cell.index, "prompt": cell.prompt, "seed": cell.seed, "pictures": pictures}
+
+
+def _measurement_entry(measurement: Measurement) -> dict[str, Any]:
+    """The numbers of one run, without its traces and pictures."""
+    return {"arm": measurement.arm, "cell": measurement.cell, "repeat": measurement.repeat, "round": measurement.round,
+            "position": measurement.position, "sampler_seconds": measurement.sampler_seconds,
+            "total_seconds": measurement.seconds}
+
+
+def headline(arms: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader should know first: one sentence per arm that is not the baseline."""
+    return [_sentence(arm) for arm in arms if arm["role"] in ("accelerated", "fewer-steps") and arm["runs"]]
+
+
+def _sentence(arm: dict[str, Any]) -> str:
+    """Speed and fidelity of one arm in words."""
+    ratio, where = arm["ratio"]["sampler"], "in the sampler"
+    if ratio is None:
+        ratio, where = arm["ratio"]["total"], "in total time"
+    if ratio is None:
+        return f"{arm['label']}: not measured against the plain run."
+    speed = f"{format_ratio(ratio['median'])} the speed of the plain run {where} ({arm['verdict']})"
+    psnr = arm["quality"]["psnr"]
+    if psnr is None:
+        return f"{arm['label']}: {speed}."
+    if psnr["identical"] == psnr["count"]:
+        return f"{arm['label']}: {speed}, identical pictures."
+    return (f"{arm['label']}: {speed}, PSNR to plain {format_decibel(psnr['mean'])} on average, "
+            f"{format_decibel(psnr['worst'])} at worst.")
+
+
+# The server and the machine
+
+def server_facts(stats: dict[str, Any], url: str, with_pack: bool, loopback: bool) -> dict[str, Any]:
+    """What a report tells about the machine, out of /system_stats. Arguments with paths stay out of it."""
+    system = stats.get("system", {})
+    facts: dict[str, Any] = {
+        "url": url, "timing": "sampler" if with_pack else "total only",
+        "comfyui": str(system.get("comfyui_version", "unknown")),
+        "pytorch": str(system.get("pytorch_version", "unknown")),
+        "python": str(system.get("python_version", "unknown")).split(" ")[0],
+        "os": str(system.get("os", "unknown")),
+        "ram_bytes": int(system.get("ram_total", 0)),
+        "flags": [flag for flag in system.get("argv", []) if flag.startswith("--") and "/" not in flag and "\\" not in flag],
+        "devices": [{"name": str(device.get("name", "unknown")), "type": str(device.get("type", "unknown")),
+                     "memory_bytes": int(device.get("vram_total", 0))} for device in stats.get("devices", [])],
+    }
+    if loopback:
+        facts["processor"] = _processor()
+        facts["cores"] = os.cpu_count() or 0
+    return facts
+
+
+def _processor() -> str:
+    """Name of this machine's processor as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# Files
+
+def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
+    """Write report.json and index.html into `folder`, whose pictures the page inlines; returns both paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, page = folder / "report.json", folder / "index.html"
+    data.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    page.write_text(render_html(report, folder), encoding="utf-8")
+    return data, page
+
+
+def read_report(path: Path) -> Report:
+    """Read report.json; raises `ReportError` when it is unreadable or of an unknown major version."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ReportError(f"{path} is not a JSON file.") from error
+    schema = report.get("schema") if isinstance(report, dict) else None
+    name, _, version = str(schema).partition("@")
+    if name != "report":
+        raise ReportError(f"{path} is not a report of this pack.")
+    if version.split(".")[0] != SCHEMA.partition("@")[2]:
+        raise ReportError(f"{path} has the format {schema}; this version reads {SCHEMA}.")
+    return report
+
+
+# HTML
+
+def render_html(report: Report, folder: Path) -> str:
+    """The report as one page with everything inlined; pictures are read from `folder`."""
+    environment = _environment()
+    return environment.get_template("report.html.j2").render(
+        report=report, columns=columns(report), style=Markup(STYLE.read_text(encoding="utf-8")), timeline=Markup(timeline_svg(timeline_rows(report))),
+        gallery=gallery(report, folder), gain=DIFFERENCE_GAIN)
+
+
+def table_html(report: Report) -> str:
+    """The table alone, as it stands in the page; needs the rules of `STYLE`."""
+    return _environment().get_template("table.html.j2").render(report=report, columns=columns(report))
+
+
+def timeline_rows(report: Report) -> list[tuple[str, dict[str, Any]]]:
+    """Label and trace of the first measured run of every arm, for `timeline_svg`."""
+    return [(arm["label"], trace) for arm in report["arms"] if arm["role"] != "reference" for trace in arm["traces"]]
+
+
+def gallery(report: Report, folder: Path) -> list[dict[str, Any]]:
+    """Per cell: the first picture of every arm as data address, its scores, and its difference to the plain one."""
+    cells = []
+    for cell in report["cells"]:
+        if "plain" not in cell["pictures"]:
+            continue
+        plain = read_rgb((folder / cell["pictures"]["plain"]["files"][0]).read_bytes())
+        shots = []
+        for arm in report["arms"]:
+            entry = cell["pictures"].get(arm["name"])
+            if entry is None:
+                continue
+            pixels = plain if arm["name"] == "plain" else read_rgb((folder / entry["files"][0]).read_bytes())
+            apart = data_uri(difference(pixels, plain)) if arm["name"] != "plain" and pixels.shape == plain.shape else None
+            shots.append({"label": arm["label"], "role": arm["role"], "name": arm["name"], "picture": data_uri(pixels),
+                          "difference": apart, "psnr": entry.get("psnr", [None])[0], "ssim": entry.get("ssim", [None])[0],
+                          "width": pixels.shape[1], "height": pixels.shape[0]})
+        cells.append({"prompt": cell["prompt"], "seed": cell["seed"], "shots": shots,
+                      "batch": len(cell["pictures"]["plain"]["files"]), "tiny": max(plain.shape[:2]) <= TINY})
+    return cells
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
+                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(seconds=format_seconds, ratio=format_ratio, decibel=format_decibel, bytes=format_bytes,
+                               count=format_count)
+    return environment
