@@ -38,14 +38,16 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--count", type=_positive, metavar="N", help="use only the first N prompts")
     command.add_argument("--seed", type=int, nargs="+", default=[], metavar="S", help="seeds (default: the workflow's own)")
     command.add_argument("--steps", type=_positive, metavar="N", help="sampling steps (default: the workflow's own)")
-    command.add_argument("--repeats", type=_positive, default=3, metavar="R", help="rounds per prompt and seed (default: %(default)s)")
+    command.add_argument("--repeats", type=_positive, default=3, metavar="R",
+                         help="rounds per prompt and seed (default: %(default)s)")
     command.add_argument("--warmup", type=_count, default=1, metavar="W", help="discarded rounds (default: %(default)s)")
     command.add_argument("--batch", type=_positive, metavar="B", help="pictures per run (default: the workflow's own)")
     command.add_argument("--reference-steps", type=_count, default=200, metavar="N",
                          help="steps of the reference that every arm is measured against; 0 leaves it out (default: %(default)s)")
     command.add_argument("--no-fewer-steps", action="store_true", help="leave out the plain sampler with fewer steps")
     command.add_argument("--resume", action="store_true", help="continue an interrupted comparison in the same folder")
-    command.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="folder of the report (default: %(default)s)")
+    command.add_argument("--out", type=Path, default=Path("report"), metavar="DIR",
+                         help="folder of the report (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     command.set_defaults(handler=run_compare)
 
@@ -54,9 +56,12 @@ def _add_panel(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("panel", help="open the A/B page in the browser")
     command.add_argument("--server", default=DEFAULT_SERVER, metavar="URL", help="address of ComfyUI (default: %(default)s)")
     command.add_argument("--port", type=_port, default=7860, help="port of the page (default: %(default)s)")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on; anything but loopback lets others in (default: %(default)s)")
-    command.add_argument("--workflows", type=Path, default=ROOT / "workflows", metavar="DIR", help="folder of workflows to choose from")
-    command.add_argument("--out", type=Path, default=Path("report") / "panel", metavar="DIR", help="folder of the reports (default: %(default)s)")
+    command.add_argument("--host", default="127.0.0.1",
+                         help="address to listen on; anything but loopback lets others in (default: %(default)s)")
+    command.add_argument("--workflows", type=Path, default=ROOT / "workflows", metavar="DIR",
+                         help="folder of workflows to choose from")
+    command.add_argument("--out", type=Path, default=Path("report") / "panel", metavar="DIR",
+                         help="folder of the reports (default: %(default)s)")
     command.set_defaults(handler=run_panel)
 
 
@@ -83,12 +88,11 @@ def _port(text: str) -> int:
 
 def run_compare(args: argparse.Namespace) -> int:
     """Handle `compare`."""
-    from rich.console import Console
     from stretto.web.panel.measure.client import ComfyClient
     from stretto.web.panel.measure.compare import arms_of, compare, read_prompts, read_workflow
-    from stretto.web.panel.terminal import print_paths, print_report, show_progress
+    from stretto.web.panel.terminal import output_console, print_paths, print_report, show_progress
 
-    out, log = Console(), Console(stderr=True)
+    out, log = output_console(), output_console(stderr=True)
     prompts = read_prompts(args.prompts)[:args.count]
     with ComfyClient(args.server) as client:
         client.health()

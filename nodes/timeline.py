@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 #: Okabe-Ito colours, distinguishable with every common colour vision; patterns repeat the message.
 COLOURS = {"computed": "#0072B2", "forecast": "#E69F00", "reused": "#F0E442"}
 BACKGROUND, INK, FAINT = "#1e1e24", "#f2f2f2", "#8a8a94"
+BRANCHES = ("cond", "uncond", "other")
 WIDTH, MARGIN, ROW, LABEL, BAR = 960, 24, 34, 84, 96
 
 
@@ -16,7 +17,8 @@ def timeline(trace: dict[str, Any]) -> Image.Image:
     One column an evaluation: a row per branch, then seconds as bars, then the noise level.
     """
     entries = trace["evaluations"]
-    names = list(dict.fromkeys(branch["branch"] for entry in entries for branch in entry["branches"])) or ["all"]
+    seen = {branch["branch"] for entry in entries for branch in entry["branches"]}
+    names = [name for name in BRANCHES if name in seen] or ["all"]
     top = 84
     height = top + ROW * len(names) + BAR + 92
     image = Image.new("RGB", (WIDTH, height), BACKGROUND)

@@ -72,9 +72,9 @@ class FakeComfy:
     # Routes
 
     async def _stats(self, request: Request) -> Response:
-        return JSONResponse({"system": {"os": "posix", "ram_total": 2**34, "comfyui_version": "0.0-fake", "python_version":
-                                        "3.11.0 (main)", "pytorch_version": "2.0", "argv": ["main.py", "--cpu", "--base-directory", "/x/y"]},
-                             "devices": [{"name": "cpu", "type": "cpu", "vram_total": 2**34}]})
+        system = {"os": "posix", "ram_total": 2**34, "comfyui_version": "0.0-fake", "python_version": "3.11.0 (main)",
+                  "pytorch_version": "2.0", "argv": ["main.py", "--cpu", "--base-directory", "/x/y"]}
+        return JSONResponse({"system": system, "devices": [{"name": "cpu", "type": "cpu", "vram_total": 2**34}]})
 
     async def _info(self, request: Request) -> Response:
         return JSONResponse({name: {"input": {"required": {}}, "output": []} for name in self.classes})
@@ -186,7 +186,7 @@ class FakeComfy:
 
 def picture(text: str, seed: int, steps: int, accelerated: bool, side: int) -> bytes:
     """PNG: a smooth pattern of the prompt and seed, disturbed the more the fewer steps were computed."""
-    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{text}{seed}".encode()).digest()[:4]))
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{text}{seed}".encode()).digest()[:4], "big"))
     y, x = np.mgrid[0:side, 0:side] / side
     waves = rng.uniform(1, 6, (3, 3))
     clean = np.stack([np.sin(2 * np.pi * (a * x + b * y + c)) for a, b, c in waves], axis=-1) * 90 + 128

@@ -6,21 +6,21 @@ import os
 # Gradio reads this when it is imported; the page must not call anybody.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-import socket  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import gradio as gr  # noqa: E402
+import gradio as gr
 
-from . import views  # noqa: E402
-from .measure import arms as edit  # noqa: E402
-from .measure.client import ComfyClient  # noqa: E402
-from .measure.compare import arms_of, read_workflow  # noqa: E402
-from .measure.errors import MeasureError  # noqa: E402
-from .measure.report import STYLE  # noqa: E402
-from .session import Request, Session  # noqa: E402
+from . import views
+from .measure import arms as edit
+from .measure.client import ComfyClient
+from .measure.compare import arms_of, read_workflow
+from .measure.errors import MeasureError
+from .measure.report import STYLE
+from .session import Request, Session
 
 FONTS = ["system-ui", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
 MONO_FONTS = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace"]
@@ -110,7 +110,7 @@ def _controls(folder: Path) -> Controls:
     reference = gr.Checkbox(value=False, label="Also a 200-step reference", info="Shows which picture is nearer the exact one.")
     with gr.Row():
         run = gr.Button("Run", variant="primary", elem_id="run", min_width=100)
-        stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=100)
+        stop = gr.Button("Stop", variant="secondary", elem_id="stop", min_width=100)
     return Controls(workflow, prompts, seed, steps, repeats, fewer, reference, run, stop)
 
 
@@ -210,7 +210,7 @@ def serve(config: PanelConfig, announce: Callable[[str], None]) -> None:
     page = build_app(config)
     page.queue(default_concurrency_limit=None)
     page.launch(prevent_thread_lock=True, **launch_options(config))
-    announce(f"Stretto's page is open at http://{config.host}:{config.port} (ComfyUI: {config.server}). Press Ctrl+C to close it.")
+    announce(f"Stretto's page is open at http://{config.host}:{config.port} (ComfyUI: {config.server}); Ctrl+C closes it.")
     try:
         page.block_thread()
     finally:

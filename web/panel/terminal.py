@@ -7,13 +7,15 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from .measure.compare import Progress, ProgressCallback
 from .measure.report import Report
 from .measure.table import columns, format_ratio, format_seconds
 
+LOG_WIDTH = 120
 VERDICT_STYLES = {"faster": "bold green", "slower": "bold red"}
 
 
@@ -23,7 +25,7 @@ def print_report(report: Report, console: Console) -> None:
     rows = columns(report)
     table.add_column("", no_wrap=True)
     for arm in report["arms"]:
-        table.add_column(rows[0].cell(arm), overflow="fold")
+        table.add_column(rows[0].cell(arm))
     for row in rows[1:]:
         cells = [row.cell(arm) for arm in report["arms"]]
         style = (lambda arm: VERDICT_STYLES.get(arm["verdict"], "")) if row.title == "Verdict" else (lambda arm: "")
@@ -49,6 +51,12 @@ def print_paths(folder: Path, console: Console) -> None:
 def _plain(text: str) -> str:
     """Keep rich from reading square brackets as markup."""
     return text.replace("[", r"\[")
+
+
+def output_console(stderr: bool = False) -> Console:
+    """A console of the terminal's width, or wide enough for the table where the output goes to a file."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=LOG_WIDTH)
 
 
 @contextmanager

@@ -14,8 +14,16 @@ import httpx
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.sync.client import ClientConnection, connect
 
-from .errors import (ExecutionFailed, Interrupted, InvalidWorkflow, RunTimeout, ServerDied, ServerRefused,
-                     ServerUnreachable, Stopped)
+from .errors import (
+    ExecutionFailed,
+    Interrupted,
+    InvalidWorkflow,
+    RunTimeout,
+    ServerDied,
+    ServerRefused,
+    ServerUnreachable,
+    Stopped,
+)
 
 Api = dict[str, dict[str, Any]]
 StepCallback = Callable[[int, int], None]

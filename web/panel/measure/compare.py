@@ -164,8 +164,10 @@ class _Comparison:
                 measurement = self._execute(Slot(cell.index, 0, arm, cell, 0), "reference")
                 file.append(measurement)
                 self.measurements.append(measurement)
+                self.done += 1
                 self._announce("reference", measurement)
-            self.done += 1
+            else:
+                self.done += 1
 
     def _execute(self, slot: Slot, phase: str = "") -> Measurement:
         """One run on the server, with its traces and, unless it is discarded, its pictures."""
@@ -271,7 +273,8 @@ def read_prompts(entries: Sequence[str]) -> list[str]:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise WorkflowError(f"The prompt file {entry} cannot be read.") from error
-        prompts += _json_prompts(entry, text) if path.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]
+        lines = _json_prompts(entry, text) if path.suffix == ".json" else text.splitlines()
+        prompts += [line.strip() for line in lines if line.strip()]
     if entries and not prompts:
         raise WorkflowError("There is no prompt in what was given as prompts.")
     return prompts

@@ -170,7 +170,8 @@ def render_html(report: Report, folder: Path) -> str:
     """The report as one page with everything inlined; pictures are read from `folder`."""
     environment = _environment()
     return environment.get_template("report.html.j2").render(
-        report=report, columns=columns(report), style=Markup(STYLE.read_text(encoding="utf-8")), timeline=Markup(timeline_svg(timeline_rows(report))),
+        report=report, columns=columns(report), style=Markup(STYLE.read_text(encoding="utf-8")),
+        timeline=Markup(timeline_svg(timeline_rows(report))),
         gallery=gallery(report, folder), gain=DIFFERENCE_GAIN)
 
 

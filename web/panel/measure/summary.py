@@ -14,7 +14,7 @@ from .metrics import Spread, from_json_number, paired_ratios, psnr, quality, rea
 
 SMALLEST_EFFECT = 0.02   # a ratio closer to 1 than this is never called a difference
 FEWEST_ROUNDS = 3        # fewer rounds give no verdict
-BASELINES = ("plain", "reference")
+BASELINES = {"plain": "baseline", "reference": "reference"}  # roles that are not judged
 SKIPPED = ("forecast", "reused")
 PictureScores = dict[str, Any]
 
@@ -52,7 +52,7 @@ def arm_row(arm: Arm, runs: Sequence[Measurement], plain: Sequence[Measurement],
         "runs": len(runs),
         "seconds": {"sampler": _json(sampler), "total": _json(total)},
         "ratio": {key: _json(value) for key, value in ratios.items()},
-        "verdict": arm.role if arm.role in BASELINES else verdict_of(ratios["sampler"] or ratios["total"]),
+        "verdict": BASELINES.get(arm.role) or verdict_of(ratios["sampler"] or ratios["total"]),
         "calls": _calls(runs), "ceiling": _ceiling(runs), "quality": _quality(list(scores)),
         "memory": _memory(traces), "techniques": _techniques(traces), "reasons": _reasons(traces),
         "notes": list(dict.fromkeys(note for trace in traces for note in trace.get("notes", []))),
@@ -161,7 +161,9 @@ def _repeatability(arm: Arm, runs: Sequence[Measurement]) -> list[str]:
         if run.pixels:
             hashes[run.cell].add(run.pixels)
     unstable = sum(len(found) > 1 for found in hashes.values())
-    return [f"{arm.label}: repeats with one seed gave different pictures for {unstable} of {len(hashes)} prompts."] if unstable else []
+    if not unstable:
+        return []
+    return [f"{arm.label}: repeats with one seed gave different pictures for {unstable} of {len(hashes)} prompts."]
 
 
 def score_pictures(folder: Path, files: Sequence[str], plain: Sequence[str] | None,

@@ -39,11 +39,12 @@ def columns(report: dict[str, Any]) -> list[Column]:
     if steps:
         found.append(Column(f"PSNR to {steps} steps", f"mean / worst picture against the plain workflow with {steps} steps",
                             lambda arm: _quality(arm["quality"]["reference_psnr"], format_decibel)))
-    return found + [
+    found += [
         Column("Peak memory", "highest over all runs", _peak),
         Column("Store", "highest number of bytes kept to skip evaluations", _store),
         Column("Verdict", "from the 95 % interval of the speed", lambda arm: arm["verdict"]),
     ]
+    return found
 
 
 def _seconds(spread: dict[str, Any] | None) -> str:
