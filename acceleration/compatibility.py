@@ -4,9 +4,9 @@ from typing import Protocol
 
 from .caching.technique import CacheTechnique
 from .errors import ConflictError, StrettoError
+from .facts import Facts, Outcome
 from .measure import MeasureTechnique
 from .plan import Plan, Request
-from .facts import Facts, Outcome
 
 
 class Technique(Protocol):

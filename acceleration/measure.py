@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from .plan import Request
 from .facts import ACTIVE, Facts, Outcome
+from .plan import Request
 
 
 @dataclass(frozen=True)

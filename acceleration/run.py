@@ -1,90 +1,16 @@
 """Everything mutable about one sampling run. Made when it starts, dropped when it ends, however it ends."""
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from .evaluation import COMPUTED, Call, Evaluation
 from .models import BlockSite
 from .sampling import Schedule
 from .trace import TraceBuilder
-
-COMPUTED, FORECAST, REUSED = "computed", "forecast", "reused"
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One conditioning entry of a batched network call.
-
-    Attributes:
-        name: ``"cond"``, ``"uncond"`` or ``"other"``.
-        key: what its stored features belong to: conditioning, context window, foreign
-            patches and device. Equal keys may share features, different ones never do.
-    """
-
-    name: str
-    key: Hashable
-
-
-@dataclass
-class Evaluation:
-    """One call of the sampler for a prediction (all guidance branches together).
-
-    Attributes:
-        index: running number in this run, for display only.
-        sigma: noise level.
-        position: continuous step position (:class:`~.sampling.Schedule`).
-        step: the step it belongs to.
-        network_input: latent as the network sees it [B, C, ...].
-        skip: whether the active technique wants the blocks skipped.
-        reason: why, in words.
-    """
-
-    index: int
-    sigma: float
-    position: float
-    step: int
-    network_input: torch.Tensor
-    skip: bool = False
-    reason: str = ""
-
-
-@dataclass
-class Call:
-    """One batched network call inside an evaluation.
-
-    Attributes:
-        evaluation: the evaluation it serves.
-        branches: guidance branches in row order; rows split evenly among them.
-        rows: batch rows of each branch.
-        tokens: image tokens of one row.
-        network_input: [len(branches) * rows, C, ...], as the network sees it.
-        to_prediction: denoised -> raw network output (the host knows the parametrisation).
-        to_denoised: raw network output -> denoised.
-        skippable: False when features may not be re-injected here (rows do not split
-            evenly, or another patch holds the place of ours).
-        decisions: what happened to each branch; filled in by the technique.
-        blocks_computed: number of blocks that ran.
-        text_tokens: text tokens ahead of the image tokens in a joint stream.
-    """
-
-    evaluation: Evaluation
-    branches: tuple[Branch, ...]
-    rows: int
-    tokens: int
-    network_input: torch.Tensor
-    to_prediction: Callable[[torch.Tensor], torch.Tensor]
-    to_denoised: Callable[[torch.Tensor], torch.Tensor]
-    skippable: bool = True
-    decisions: tuple[str, ...] = ()
-    blocks_computed: int = 0
-    text_tokens: int = 0
-
-    def part(self, tensor: torch.Tensor, index: int) -> torch.Tensor:
-        """Return the rows of branch ``index`` as a view of ``tensor``."""
-        return tensor[index * self.rows : (index + 1) * self.rows]
 
 
 class Session(Protocol):

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .run import Call, Evaluation
+from .evaluation import Call, Evaluation
 
 SCHEMA = "trace@1"
 
@@ -19,7 +18,7 @@ class TraceBuilder:
         self.evaluations: list[dict[str, Any]] = []
         self._seconds: list[Callable[[], float]] = []
 
-    def open(self, evaluation: "Evaluation") -> None:
+    def open(self, evaluation: Evaluation) -> None:
         """Begin the entry of ``evaluation``."""
         self.evaluations.append(
             {
@@ -33,7 +32,7 @@ class TraceBuilder:
             }
         )
 
-    def add(self, call: "Call", blocks_total: int) -> None:
+    def add(self, call: Call, blocks_total: int) -> None:
         """Add the branches of one network call to the open entry."""
         entry = self.evaluations[-1]
         if call.evaluation.skip and "computed" in call.decisions:
@@ -61,7 +60,7 @@ class TraceBuilder:
         for entry, seconds in zip(self.evaluations, self._seconds, strict=False):
             entry["seconds"] = seconds()
         timed = [entry["seconds"] for entry in self.evaluations if entry["seconds"] is not None]
-        count = {name: 0 for name in ("computed", "forecast", "reused", "mixed")}
+        count = dict.fromkeys(("computed", "forecast", "reused", "mixed"), 0)
         for entry in self.evaluations:
             count[entry["decision"]] += 1
         return {

@@ -38,6 +38,7 @@ def prepare(comfyui: Path) -> None:
 def load_model():
     """Return the demo MODEL and its CONDITIONING pair."""
     import comfy.sd
+
     from stretto.demo.text_encoder import load
 
     models = ROOT / "demo" / "models"
@@ -54,6 +55,7 @@ def measure(model, pair, runs: int) -> list[float]:
     """Return overhead per evaluation, in microseconds, of ``runs`` runs after one warm-up."""
     import comfy.sample
     import torch
+
     from stretto.acceleration.hosts.comfy import TRACES
 
     values = []
@@ -76,6 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     prepare(args.comfyui)
     import torch
+
     from stretto.acceleration.hosts import comfy as host
     from stretto.acceleration.plan import Request
 

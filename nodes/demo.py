@@ -6,7 +6,9 @@ from pathlib import Path
 import comfy.model_management
 import folder_paths
 from comfy_api.latest import io
+from safetensors import SafetensorError
 
+from ..acceleration.errors import StrettoError
 from ..demo.text_encoder import load
 
 FILE = "stretto-demo-text.safetensors"
@@ -39,11 +41,15 @@ class StrettoDemoText(io.ComfyNode):
     def execute(cls, text: str) -> io.NodeOutput:
         path = folder_paths.get_full_path("text_encoders", FILE)
         if path is None:
-            raise FileNotFoundError(
+            raise StrettoError(
                 f"{FILE} is not in any text_encoders folder. It ships with Stretto's repository in demo/models; "
                 "the registry package leaves it out."
             )
-        states, pooled, unknown = load(Path(path)).encode([text])
+        try:
+            encoder = load(Path(path))
+        except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            raise StrettoError(f"{path} cannot be read as the demo text encoder: {error}. Restore the file.") from error
+        states, pooled, unknown = encoder.encode([text])
         if unknown:
             log.warning("Stretto Demo Text does not know: %s", ", ".join(unknown))
         device = comfy.model_management.intermediate_device()

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ...kernels.weighted_sum import weighted_sum
+from ..evaluation import COMPUTED, FORECAST, REUSED, Call, Evaluation
 from ..models import BlockSite
-from ..run import COMPUTED, FORECAST, REUSED, Call, Evaluation
 from .forecast import newton_weights
 from .indicator import TransformRate
 from .policy import Accumulator, Rails

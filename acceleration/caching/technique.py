@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..plan import Request
 from ..facts import ACTIVE, OFF, REDUCED, Facts, Outcome
+from ..plan import Request
 from .methods import METHODS, CacheSettings
 from .policy import Accumulator, Rails, interval_mask
 from .session import CacheSession, IntervalDecision, TransformRateDecision

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -20,11 +21,12 @@ from comfy.patcher_extension import WrappersMP
 
 from ..compatibility import add_request
 from ..errors import ConflictError
+from ..evaluation import COMPUTED, Branch, Call, Evaluation
 from ..facts import Facts
 from ..models import BlockSite, describe
 from ..plan import Plan, Request
 from ..resolve import Execution, resolve
-from ..run import COMPUTED, Branch, Call, Evaluation, RunState
+from ..run import RunState
 from ..sampling import SamplerTraits, schedule_of, traits_of
 from ..trace import TraceBuilder
 from .comfy_device import clock_for, peak_memory, start_peak_memory, synchronize
@@ -140,10 +142,8 @@ def _sampler_traits(sampler: Any) -> SamplerTraits:
     function = getattr(sampler, "sampler_function", None)
     name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_").removesuffix("_function")
     traits = traits_of(name)
-    extra = getattr(sampler, "extra_options", {})
-    if traits.known and not traits.stochastic and (extra.get("s_churn") or extra.get("s_noise_eta")):
-        return SamplerTraits(name, single_call=traits.single_call, multistep=traits.multistep, stochastic=True)
-    return traits
+    churn = getattr(sampler, "extra_options", {}).get("s_churn", 0.0)
+    return replace(traits, stochastic=True) if churn else traits
 
 
 def _notes(model_options: dict[str, Any]) -> list[str]:

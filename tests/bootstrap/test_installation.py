@@ -61,9 +61,9 @@ def test_our_requirements_hold_nothing_heavy():
 
 
 def test_an_existing_comfyui_gets_the_link_and_nothing_else(existing, no_panel):
-    before = {path for path in existing.rglob("*")}
+    before = set(existing.rglob("*"))
     result = installation.prepare(Wishes(comfyui=existing, python=Path(sys.executable)))
-    assert {path for path in existing.rglob("*")} - before == {existing / "custom_nodes" / "stretto"}
+    assert set(existing.rglob("*")) - before == {existing / "custom_nodes" / "stretto"}
     assert result.comfyui == existing
     assert not result.own
 

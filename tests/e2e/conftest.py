@@ -36,7 +36,7 @@ def broken_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with files that are no models."""
     folder = tmp_path_factory.mktemp("models") / "diffusion_models"
     folder.mkdir()
-    whole = (ROOT / "demo" / "models" / "diffusion_models" / "stretto-demo-image.safetensors").read_bytes()
+    whole = next((ROOT / "demo" / "models").rglob("stretto-demo-image.safetensors")).read_bytes()
     (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
     (folder / "foreign.safetensors").write_bytes(b"this is no safetensors file")
     return folder

@@ -11,9 +11,10 @@ BLOCK = """
 import sys
 class Block:
     allowed = {allowed!r}
+    blocked = {{"comfy", "comfy_api", "folder_paths", "nodes", "server", "PIL", "psutil", "diffusers", "triton", "torch"}}
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
-        if top in {{"comfy", "comfy_api", "folder_paths", "nodes", "server", "PIL", "psutil", "diffusers", "triton", "torch"}} - self.allowed:
+        if top in self.blocked - self.allowed:
             raise ImportError(f"{{name}} must not be imported here")
 sys.meta_path.insert(0, Block())
 sys.path.insert(0, {root!r})

@@ -101,7 +101,12 @@ def test_nothing_is_reserved_when_off_and_something_when_on(tiny, monkeypatch):
     seen = []
     network = type(tiny("sd3").model)
     original = network.memory_required
-    monkeypatch.setattr(network, "memory_required", lambda self, shape, **kw: seen.append(shape[0]) or original(self, shape, **kw))
+
+    def spy(self, shape, **kwargs):
+        seen.append(shape[0])
+        return original(self, shape, **kwargs)
+
+    monkeypatch.setattr(network, "memory_required", spy)
 
     def largest(model):
         seen.clear()
