@@ -36,10 +36,10 @@ _MULTISTEP_STOCHASTIC = (
     "dpmpp_2m_sde dpmpp_2m_sde_gpu dpmpp_2m_sde_heun dpmpp_2m_sde_heun_gpu dpmpp_3m_sde "
     "dpmpp_3m_sde_gpu res_multistep_ancestral res_multistep_ancestral_cfg_pp er_sde sa_solver"
 )
-_MULTI_CALL = "heun heunpp2 dpm_2"
+_MULTI_CALL = "heun heunpp2 dpm_2 exp_heun_2_x0"
 _MULTI_CALL_STOCHASTIC = (
     "dpm_2_ancestral dpmpp_2s_ancestral dpmpp_2s_ancestral_cfg_pp dpmpp_sde dpmpp_sde_gpu "
-    "seeds_2 seeds_3 sa_solver_pece"
+    "seeds_2 seeds_3 sa_solver_pece exp_heun_2_x0_sde"
 )
 _ADAPTIVE = "dpm_fast dpm_adaptive"
 

@@ -103,7 +103,9 @@ def main() -> None:
     if args.out:
         machine = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": machine, "steps": STEPS, "runs": args.runs, "rows": rows}, indent=2) + "\n")
+        args.out.write_text(
+            json.dumps({"machine": machine, "steps": STEPS, "runs": args.runs, "rows": rows}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """HTTP routes under /stretto (read-only)."""
 
+import sys
+
 from ..acceleration.hosts.comfy import TRACES
 
 
 def register_routes() -> None:
     """Add the routes to ComfyUI's server; a process without one (tests, tools) has nothing to add to."""
-    from aiohttp import web
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
+    module = sys.modules.get("server")  # ComfyUI has loaded it long before custom nodes
+    server = getattr(getattr(module, "PromptServer", None), "instance", None)
     if server is None:
         return
+    from aiohttp import web
 
     @server.routes.get("/stretto/traces")
     async def traces(request: web.Request) -> web.Response:
