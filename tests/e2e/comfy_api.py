@@ -94,9 +94,9 @@ class ComfyApi:
                 node["inputs"]["nonce"] = self._nonce
         return self.wait(self.queue(api))
 
-    def pixels(self, run: Run, node: str) -> np.ndarray:
-        """The first picture of an output node as uint8 [height, width, channel]."""
-        reference = run.outputs[node]["images"][0]
+    def pixels(self, run: Run, node: str, index: int = 0) -> np.ndarray:
+        """One picture of an output node as uint8 [height, width, channel]."""
+        reference = run.outputs[node]["images"][index]
         return np.asarray(Image.open(io.BytesIO(self.raw("/view", **reference))))
 
     def traces(self, run: Run) -> list[dict[str, Any]]:
