@@ -4,7 +4,7 @@
     python demo/train.py vae           train the autoencoder
     python demo/train.py latents       encode the training pictures
     python demo/train.py transformer   train transformer and text encoder
-    python demo/train.py export        write demo/models/*.safetensors (also while a training runs)
+    python demo/train.py export        write demo/models/*/*.safetensors (also while a training runs)
     python demo/train.py samples       draw samples.jpg, vae_roundtrip.jpg and loss.png through ComfyUI's own sampler
 
 `--resume` continues a training from its checkpoint; `transformer --warm-start` continues from the committed weights.
@@ -20,8 +20,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-MODELS = {"vae": "stretto-demo-image-vae.safetensors", "transformer": "stretto-demo-image.safetensors",
-          "text": "stretto-demo-text.safetensors"}
+# Folders named as ComfyUI names them: the pack offers each to the loader of that kind.
+MODELS = {"vae": "vae/stretto-demo-image-vae.safetensors",
+          "transformer": "diffusion_models/stretto-demo-image.safetensors",
+          "text": "text_encoders/stretto-demo-text.safetensors"}
 
 
 def load_part(name: str) -> types.ModuleType:
@@ -123,6 +125,8 @@ def run_export(args: argparse.Namespace) -> None:
     note = {"licence": "Apache-2.0", "data": "Fluent Emoji (MIT), Noto Emoji (Apache-2.0); see LICENSES.md", "picture_size": str(args.size)}
     vae_checkpoint, checkpoint = args.cache / f"vae_{args.size}.pt", args.cache / f"transformer_{args.size}.pt"
     latents_path = args.cache / f"latents_{args.size}.pt"
+    for name in MODELS.values():
+        (args.models / name).parent.mkdir(parents=True, exist_ok=True)
     if "vae" in wanted:
         vae = autoencoder.build() if args.untrained and not vae_checkpoint.exists() else autoencoder.load_average(vae_checkpoint)
         mean, std = 0.0, 1.0

@@ -20,8 +20,8 @@ def prepare() -> None:
     Done here and not in ``ComfyExtension.on_load``, which ComfyUI 0.3.76 never calls.
     """
     for folder in ("diffusion_models", "vae", "text_encoders"):
-        path = DEMO_MODELS / folder if (DEMO_MODELS / folder).is_dir() else DEMO_MODELS
-        folder_paths.add_model_folder_path(folder, str(path))
+        if (DEMO_MODELS / folder).is_dir():  # the registry package leaves the weights out
+            folder_paths.add_model_folder_path(folder, str(DEMO_MODELS / folder))
     register_routes()
 
 

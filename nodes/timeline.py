@@ -5,7 +5,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 #: Okabe-Ito colours, distinguishable with every common colour vision; patterns repeat the message.
-COLOURS = {"computed": "#0072B2", "forecast": "#E69F00", "reused": "#F0E442"}
+COLOURS = {"computed": "#0072B2", "forecast": "#E69F00", "reused": "#009E73"}
 BACKGROUND, INK, FAINT = "#1e1e24", "#f2f2f2", "#8a8a94"
 BRANCHES = ("cond", "uncond", "other")
 WIDTH, MARGIN, ROW, LABEL, BAR = 960, 24, 34, 84, 96

@@ -1,5 +1,6 @@
 """A real ComfyUI with the pack, the panel, and a browser: each started once for all tests of this folder."""
 
+import json
 import os
 import shutil
 import sys
@@ -52,6 +53,10 @@ def server(tmp_path_factory: pytest.TempPathFactory, broken_models: Path) -> Ite
     for name in ("output", "temp", "input", "user"):
         (base / name).mkdir()
         extra += [f"--{name}-directory", str(base / name)]
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir()
+    # Otherwise the first visit opens the template browser in front of everything.
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
     config = base / "extra.yaml"
     config.write_text(f"tests:\n  base_path: {broken_models.parent}\n  diffusion_models: {broken_models.name}\n")
     extra += ["--extra-model-paths-config", str(config)]

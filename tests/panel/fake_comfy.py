@@ -2,6 +2,7 @@
 
 Nothing sleeps: the seconds in its traces are computed from what the workflow asks for, times a drift.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -43,14 +44,26 @@ class FakeComfy:
         self.seen: set[str] = set()
         self.sockets: dict[str, WebSocket] = {}
         self.tasks: set[asyncio.Task] = set()
-        routes = [Route("/system_stats", self._stats), Route("/object_info", self._info),
-                  Route("/prompt", self._prompt, methods=["POST"]), Route("/history/{id}", self._history),
-                  Route("/view", self._view), Route("/queue", self._accept, methods=["POST"]),
-                  Route("/interrupt", self._interrupt, methods=["POST"]), WebSocketRoute("/ws", self._ws)]
+        routes = [
+            Route("/system_stats", self._stats),
+            Route("/object_info", self._info),
+            Route("/prompt", self._prompt, methods=["POST"]),
+            Route("/history/{id}", self._history),
+            Route("/view", self._view),
+            Route("/queue", self._accept, methods=["POST"]),
+            Route("/interrupt", self._interrupt, methods=["POST"]),
+            WebSocketRoute("/ws", self._ws),
+        ]
         if with_pack:
             routes.append(Route("/stretto/traces", self._traces))
-        config = uvicorn.Config(Starlette(routes=routes), host="127.0.0.1", port=0, log_level="critical", lifespan="off",
-                                timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            Starlette(routes=routes),
+            host="127.0.0.1",
+            port=0,
+            log_level="critical",
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
@@ -72,8 +85,14 @@ class FakeComfy:
     # Routes
 
     async def _stats(self, request: Request) -> Response:
-        system = {"os": "posix", "ram_total": 2**34, "comfyui_version": "0.0-fake", "python_version": "3.11.0 (main)",
-                  "pytorch_version": "2.0", "argv": ["main.py", "--cpu", "--base-directory", "/x/y"]}
+        system = {
+            "os": "posix",
+            "ram_total": 2**34,
+            "comfyui_version": "0.0-fake",
+            "python_version": "3.11.0 (main)",
+            "pytorch_version": "2.0",
+            "argv": ["main.py", "--cpu", "--base-directory", "/x/y"],
+        }
         return JSONResponse({"system": system, "devices": [{"name": "cpu", "type": "cpu", "vram_total": 2**34}]})
 
     async def _info(self, request: Request) -> Response:
@@ -114,14 +133,30 @@ class FakeComfy:
         api = body["prompt"]
         for key, node in api.items():
             if node["class_type"] not in self.classes:
-                return JSONResponse({"error": {"type": "invalid_prompt", "message":
-                                               f"Cannot execute because node {node['class_type']} does not exist."},
-                                     "node_errors": {}}, status_code=400)
+                return JSONResponse(
+                    {
+                        "error": {
+                            "type": "invalid_prompt",
+                            "message": f"Cannot execute because node {node['class_type']} does not exist.",
+                        },
+                        "node_errors": {},
+                    },
+                    status_code=400,
+                )
             if node["class_type"] == "KSampler" and node["inputs"]["steps"] > 10000:
-                error = {"type": "value_bigger_than_max", "message": "Value 20000 bigger than max of 10000",
-                         "details": "steps", "extra_info": {"input_name": "steps"}}
-                return JSONResponse({"error": {"type": "prompt_outputs_failed_validation", "message": "failed"},
-                                     "node_errors": {key: {"errors": [error], "class_type": "KSampler"}}}, status_code=400)
+                error = {
+                    "type": "value_bigger_than_max",
+                    "message": "Value 20000 bigger than max of 10000",
+                    "details": "steps",
+                    "extra_info": {"input_name": "steps"},
+                }
+                return JSONResponse(
+                    {
+                        "error": {"type": "prompt_outputs_failed_validation", "message": "failed"},
+                        "node_errors": {key: {"errors": [error], "class_type": "KSampler"}},
+                    },
+                    status_code=400,
+                )
         key = f"run-{len(self.runs)}"
         self.runs.append(api)
         task = asyncio.create_task(self._run(key, api, body["client_id"]))
@@ -160,8 +195,14 @@ class FakeComfy:
             await send("execution_interrupted", node_id=sampler, node_type="KSampler")
             return
         if fail == "execution":
-            await send("execution_error", node_id=sampler, node_type="KSampler", exception_type="RuntimeError",
-                       exception_message="mat1 and mat2 shapes cannot be multiplied\nmore", traceback=["secret"])
+            await send(
+                "execution_error",
+                node_id=sampler,
+                node_type="KSampler",
+                exception_type="RuntimeError",
+                exception_message="mat1 and mat2 shapes cannot be multiplied\nmore",
+                traceback=["secret"],
+            )
             return
         self._finish(key, api, sampler, number)
         await send("execution_success")
@@ -202,18 +243,38 @@ def trace(prompt_id: str, steps: int, cache: dict[str, Any] | None, unit: float)
     for index in range(steps):
         skip = cache is not None and 3 <= index < steps - 1 and (index - 3) % cache["interval"] != 0
         decision = "forecast" if skip else "computed"
-        branches = [{"branch": name, "decision": decision, "blocks_computed": 0 if skip else 4, "blocks_total": 4,
-                     "tokens": 16} for name in ("cond", "uncond")]
-        evaluations.append({"index": index, "position": index / steps, "sigma": 1 - index / steps, "decision": decision,
-                            "reason": "interval" if skip else "warm-up" if index < 3 else "",
-                            "seconds": unit * (SKIPPED_COST if skip else 1), "branches": branches})
+        branches = [
+            {"branch": name, "decision": decision, "blocks_computed": 0 if skip else 4, "blocks_total": 4, "tokens": 16}
+            for name in ("cond", "uncond")
+        ]
+        evaluations.append(
+            {
+                "index": index,
+                "position": index / steps,
+                "sigma": 1 - index / steps,
+                "decision": decision,
+                "reason": "interval" if skip else "warm-up" if index < 3 else "",
+                "seconds": unit * (SKIPPED_COST if skip else 1),
+                "branches": branches,
+            }
+        )
     skipped = sum(e["decision"] == "forecast" for e in evaluations)
     seconds = sum(e["seconds"] for e in evaluations)
     techniques = [{"technique": "cache", "status": "active", "reason": "last block, every 2"}] if cache else []
-    return {"schema": "trace@1", "prompt_id": prompt_id, "sampler_node": "5", "ordinal": 0, "outcome": "completed",
-            "model": {"family": "sd3"}, "sampler": {"name": "euler"}, "latent_shape": [1, 16, 8, 8],
-            "sigmas": [1 - i / steps for i in range(steps + 1)], "techniques": techniques, "notes": [],
-            "evaluations": evaluations,
-            "totals": {"evaluations": steps, "computed": steps - skipped, "forecast": skipped, "reused": 0, "mixed": 0},
-            "seconds": {"sampler": seconds, "evaluations": seconds, "overhead": 0.0},
-            "memory": {"kind": "rss", "peak_bytes": 500_000_000, "store_peak_bytes": 65536 if cache else 0}}
+    return {
+        "schema": "trace@1",
+        "prompt_id": prompt_id,
+        "sampler_node": "5",
+        "ordinal": 0,
+        "outcome": "completed",
+        "model": {"family": "sd3"},
+        "sampler": {"name": "euler"},
+        "latent_shape": [1, 16, 8, 8],
+        "sigmas": [1 - i / steps for i in range(steps + 1)],
+        "techniques": techniques,
+        "notes": [],
+        "evaluations": evaluations,
+        "totals": {"evaluations": steps, "computed": steps - skipped, "forecast": skipped, "reused": 0, "mixed": 0},
+        "seconds": {"sampler": seconds, "evaluations": seconds, "overhead": 0.0},
+        "memory": {"kind": "rss", "peak_bytes": 500_000_000, "store_peak_bytes": 65536 if cache else 0},
+    }

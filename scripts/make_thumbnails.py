@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""Draw the pictures that ComfyUI's template browser shows for our workflows, from what the workflows really make.
+
+    .venv-panel/bin/python scripts/make_thumbnails.py [--server http://127.0.0.1:8188]
+
+Without --server a ComfyUI is started for it. Each thumbnail shows four prompts and, below, one cell per step:
+computed, forecast or reused.
+"""
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from launch.comfyui_server import HOST, free_port, start_comfyui
+from launch.console import SetupError, say
+from launch.environments import interpreter
+from launch.installation import COMFYUI_FOLDER, MAIN_FOLDER
+from launch.pins import ROOT
+
+sys.path.insert(0, str(ROOT))
+from load_pack import load_pack
+
+sys.path.remove(str(ROOT))
+load_pack()
+from stretto.web.panel.measure.client import ComfyClient  # noqa: E402
+from stretto.web.panel.measure.errors import MeasureError  # noqa: E402
+from stretto.web.panel.measure.workflow import ui_to_api  # noqa: E402
+
+PROMPTS = ("fluent red apple", "noto cat face", "flat blue heart", "fluent sun with face")
+SIDE, PICTURE, GAP = 480, 216, 8
+BACKGROUND = (27, 27, 31)
+COLOURS = {"computed": (0, 114, 178), "forecast": (230, 159, 0), "reused": (240, 228, 66), "mixed": (204, 121, 167)}
+
+
+@contextmanager
+def server(address: str | None) -> Iterator[str]:
+    """Yield the address of a ComfyUI: the given one, or one that lives as long as this."""
+    if address is not None:
+        yield address
+        return
+    port = free_port()
+    log = ROOT / ".cache" / "logs" / "thumbnails.log"
+    child = start_comfyui(COMFYUI_FOLDER, interpreter(MAIN_FOLDER), port, log)
+    try:
+        child.wait_for(f"http://{HOST}:{port}/system_stats", lambda _: None)
+        yield f"http://{HOST}:{port}"
+    finally:
+        child.stop()
+
+
+def with_prompt(api: dict[str, Any], prompt: str, nonce: int) -> dict[str, Any]:
+    """Set the prompt, make ComfyUI sample again, and keep nothing on disk."""
+    for node in api.values():
+        if node["class_type"] == "StrettoDemoText" and node["inputs"]["text"]:
+            node["inputs"]["text"] = prompt
+        elif node["class_type"] == "StrettoMeasure":
+            node["inputs"]["nonce"] = nonce
+        elif node["class_type"] == "SaveImage":
+            node["class_type"] = "PreviewImage"
+            del node["inputs"]["filename_prefix"]
+    return api
+
+
+def draw(pictures: list[Image.Image], decisions: list[str]) -> Image.Image:
+    """Four pictures in a square, and below them one cell per step."""
+    sheet = Image.new("RGB", (SIDE, SIDE), BACKGROUND)
+    left = (SIDE - 2 * PICTURE - GAP) // 2
+    for index, picture in enumerate(pictures):
+        x, y = left + index % 2 * (PICTURE + GAP), GAP // 2 + index // 2 * (PICTURE + GAP)
+        sheet.paste(picture.convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.BICUBIC), (x, y))
+    canvas = ImageDraw.Draw(sheet)
+    width = (2 * PICTURE + GAP) / len(decisions)
+    top = GAP // 2 + 2 * (PICTURE + GAP)
+    for index, decision in enumerate(decisions):
+        x = left + index * width
+        height = SIDE - GAP - top if decision == "computed" else (SIDE - GAP - top) // 2
+        canvas.rectangle((x, SIDE - GAP - height, x + width - 2, SIDE - GAP), COLOURS[decision])
+    return sheet
+
+
+def make(client: ComfyClient, path: Path) -> None:
+    """Run one workflow for every prompt and write its thumbnail."""
+    ui = json.loads(path.read_text(encoding="utf-8"))
+    pictures, decisions = [], []
+    for number, prompt in enumerate(PROMPTS):
+        api = with_prompt(ui_to_api(ui, client.object_info()), prompt, number + 1)
+        result = client.run(api)
+        node = next(key for key, entry in api.items() if entry["class_type"] == "PreviewImage" and key in result.outputs
+                    and api[entry["inputs"]["images"][0]]["class_type"] == "VAEDecode")
+        pictures.append(Image.open(io.BytesIO(client.fetch_image(result.outputs[node]["images"][0]))))
+        decisions = [entry["decision"] for entry in client.traces(result.prompt_id)[-1]["evaluations"]]
+    draw(pictures, decisions).save(path.with_suffix(".jpg"), quality=88, optimize=True)
+    say(f"{path.with_suffix('.jpg').relative_to(ROOT)}")
+
+
+def main() -> int:
+    """Run the command; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--server", metavar="URL", help="address of a running ComfyUI with the pack")
+    arguments = parser.parse_args()
+    try:
+        with server(arguments.server) as address, ComfyClient(address) as client:
+            for path in sorted((ROOT / "workflows").glob("*.json")):
+                make(client, path)
+    except (SetupError, MeasureError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
