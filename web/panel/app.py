@@ -1,4 +1,5 @@
 """The A/B page: one workflow, plain and accelerated, side by side. Listens on loopback unless told otherwise."""
+
 from __future__ import annotations
 
 import os
@@ -17,7 +18,7 @@ import gradio as gr
 from . import views
 from .measure import arms as edit
 from .measure.client import ComfyClient
-from .measure.compare import arms_of, read_workflow
+from .measure.compare import read_workflow
 from .measure.errors import MeasureError
 from .measure.report import STYLE
 from .session import Request, Session
@@ -75,9 +76,9 @@ class Output:
 
 
 def workflow_files(folder: Path) -> list[str]:
-    """Names of the workflow files to choose from, accelerated ones first as far as the name tells."""
+    """Names of the workflow files to choose from; the pack's default method comes first and the plain one last."""
     names = sorted(path.name for path in folder.glob("*.json")) if folder.is_dir() else []
-    return sorted(names, key=lambda name: "plain" in name)
+    return sorted(names, key=lambda name: ("plain" in name, "taylor" not in name))
 
 
 def build_app(config: PanelConfig) -> gr.Blocks:
@@ -85,7 +86,9 @@ def build_app(config: PanelConfig) -> gr.Blocks:
     session = Session(config.server, config.workflows, config.out)
     with gr.Blocks(title="Stretto", analytics_enabled=False, fill_width=True) as page:
         with gr.Row(elem_classes="masthead"):
-            gr.HTML("<h1>Stretto</h1><p>One workflow, plain and accelerated, with the same seed.</p>", elem_classes="title")
+            gr.HTML(
+                "<h1>Stretto</h1><p>One workflow, plain and accelerated, with the same seed.</p>", elem_classes="title"
+            )
             status = gr.HTML(elem_classes="status")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -99,15 +102,23 @@ def build_app(config: PanelConfig) -> gr.Blocks:
 def _controls(folder: Path) -> Controls:
     """The left column."""
     names = workflow_files(folder)
-    workflow = gr.Dropdown(names, value=names[0] if names else None, label="Workflow",
-                           info="Its Stretto nodes are bypassed for the plain picture.")
+    workflow = gr.Dropdown(
+        names,
+        value=names[0] if names else None,
+        label="Workflow",
+        info="Its Stretto nodes are bypassed for the plain picture.",
+    )
     prompts = gr.Textbox(label="Prompts", lines=3, max_lines=8, info="One per line; empty takes the workflow's own.")
     with gr.Row():
         seed = gr.Number(label="Seed", precision=0, minimum=0, min_width=100)
         steps = gr.Number(label="Steps", precision=0, minimum=1, maximum=1000, min_width=100)
-    repeats = gr.Slider(1, 10, value=3, step=1, label="Repeats", info="Rounds per prompt; a verdict needs three in all.")
+    repeats = gr.Slider(
+        1, 10, value=3, step=1, label="Repeats", info="Rounds per prompt; a verdict needs three in all."
+    )
     fewer = gr.Checkbox(value=True, label="Also fewer steps", info="The competitor that costs nothing.")
-    reference = gr.Checkbox(value=False, label="Also a 200-step reference", info="Shows which picture is nearer the exact one.")
+    reference = gr.Checkbox(
+        value=False, label="Also a 200-step reference", info="Shows which picture is nearer the exact one."
+    )
     with gr.Row():
         run = gr.Button("Run", variant="primary", elem_id="run", min_width=100)
         stop = gr.Button("Stop", variant="secondary", elem_id="stop", min_width=100)
@@ -119,8 +130,16 @@ def _output() -> Output:
     progress = gr.HTML(views.idle(), elem_id="progress")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            slider = gr.ImageSlider(label="Plain | accelerated", show_label=True, interactive=False, format="png", type="pil",
-                                    max_height=512, elem_id="slider", buttons=["fullscreen"])
+            slider = gr.ImageSlider(
+                label="Plain | accelerated",
+                show_label=True,
+                interactive=False,
+                format="png",
+                type="pil",
+                max_height=512,
+                elem_id="slider",
+                buttons=["fullscreen"],
+            )
         with gr.Column(scale=1, min_width=220):
             picture = gr.Dropdown([], label="Picture", interactive=True, visible=False, elem_id="picture")
             export = gr.DownloadButton("Export report (HTML)", visible=False, elem_id="export")
@@ -129,8 +148,11 @@ def _output() -> Output:
     return Output(progress, picture, slider, table, timeline, export)
 
 
-def _wire(page: gr.Blocks, config: PanelConfig, session: Session, controls: Controls, output: Output, status: gr.HTML) -> None:
+def _wire(
+    page: gr.Blocks, config: PanelConfig, session: Session, controls: Controls, output: Output, status: gr.HTML
+) -> None:
     """Connect events."""
+
     def check() -> str:
         return views.status(config.server, *session.check_server())
 
@@ -173,7 +195,7 @@ def workflow_defaults(config: PanelConfig, name: str | None) -> list[Any]:
         return [gr.skip(), gr.skip(), gr.skip()]
     try:
         with ComfyClient(config.server) as client:
-            workflow, _ = arms_of([(name, read_workflow(config.workflows / name, client))])
+            workflow = read_workflow(config.workflows / name, client)
         return [edit.get_prompt(workflow) or "", edit.get_seed(workflow), edit.get_steps(workflow)]
     except MeasureError:
         return [gr.skip(), gr.skip(), gr.skip()]  # the status line already says what is wrong
@@ -181,11 +203,21 @@ def workflow_defaults(config: PanelConfig, name: str | None) -> list[Any]:
 
 def launch_options(config: PanelConfig) -> dict[str, Any]:
     """Arguments of `Blocks.launch`: nothing is loaded from, or told to, any other machine."""
-    theme = gr.themes.Default(primary_hue=gr.themes.colors.sky, neutral_hue=gr.themes.colors.slate, font=FONTS,
-                              font_mono=MONO_FONTS)
-    return {"server_name": config.host, "server_port": config.port, "share": False, "quiet": True, "theme": theme,
-            "css": STYLE.read_text(encoding="utf-8") + CSS.read_text(encoding="utf-8"), "footer_links": [],
-            "allowed_paths": [str(config.out.resolve())], "ssr_mode": False, "enable_monitoring": False}
+    theme = gr.themes.Default(
+        primary_hue=gr.themes.colors.sky, neutral_hue=gr.themes.colors.slate, font=FONTS, font_mono=MONO_FONTS
+    )
+    return {
+        "server_name": config.host,
+        "server_port": config.port,
+        "share": False,
+        "quiet": True,
+        "theme": theme,
+        "css": STYLE.read_text(encoding="utf-8") + CSS.read_text(encoding="utf-8"),
+        "footer_links": [],
+        "allowed_paths": [str(config.out.resolve())],
+        "ssr_mode": False,
+        "enable_monitoring": False,
+    }
 
 
 def port_problem(host: str, port: int) -> str | None:
@@ -210,7 +242,9 @@ def serve(config: PanelConfig, announce: Callable[[str], None]) -> None:
     page = build_app(config)
     page.queue(default_concurrency_limit=None)
     page.launch(prevent_thread_lock=True, **launch_options(config))
-    announce(f"Stretto's page is open at http://{config.host}:{config.port} (ComfyUI: {config.server}); Ctrl+C closes it.")
+    announce(
+        f"Stretto's page is open at http://{config.host}:{config.port} (ComfyUI: {config.server}); Ctrl+C closes it."
+    )
     try:
         page.block_thread()
     finally:

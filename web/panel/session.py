@@ -1,7 +1,9 @@
 """The one comparison a page runs at a time: started, watched (also after a reload), stopped."""
+
 from __future__ import annotations
 
 import shlex
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -32,16 +34,31 @@ class Request:
     reference: bool
 
     @classmethod
-    def from_page(cls, workflow: str | None, prompts: str, seed: float | None, steps: float | None, repeats: float,
-                  fewer_steps: bool, reference: bool) -> Request:
+    def from_page(
+        cls,
+        workflow: str | None,
+        prompts: str,
+        seed: float | None,
+        steps: float | None,
+        repeats: float,
+        fewer_steps: bool,
+        reference: bool,
+    ) -> Request:
         """Read the fields of the page; raises `WorkflowError` for what cannot be run."""
         if not workflow:
             raise WorkflowError("Choose a workflow first.")
         if steps is not None and steps < 1:
             raise WorkflowError("The number of steps must be at least 1.")
         lines = tuple(line.strip() for line in (prompts or "").splitlines() if line.strip())
-        return cls(workflow, lines, None if seed is None else int(seed), None if steps is None else int(steps),
-                   int(repeats), bool(fewer_steps), bool(reference))
+        return cls(
+            workflow,
+            lines,
+            None if seed is None else int(seed),
+            None if steps is None else int(steps),
+            int(repeats),
+            bool(fewer_steps),
+            bool(reference),
+        )
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,11 @@ class State:
     report: Report | None = None
     folder: Path | None = None
     error: str | None = None
+
+
+def export_path(folder: Path) -> Path:
+    """The copy of a report's page that people download."""
+    return folder / f"stretto-{folder.name}.html"
 
 
 class Session:
@@ -110,6 +132,8 @@ class Session:
     def _run(self, request: Request, folder: Path, stop: threading.Event) -> None:
         try:
             self.report = self._compare(request, folder, stop)
+            # Downloads keep the name of the file, and "index" says nothing.
+            shutil.copyfile(folder / "index.html", export_path(folder))
         except MeasureError as error:
             self._error = str(error)
         except OSError as error:
@@ -126,11 +150,22 @@ class Session:
                 raise WorkflowError(f"There is no workflow {request.workflow!r} in the workflow folder.")
             path = self.workflows / request.workflow
             plain, arms = arms_of([(path.stem, read_workflow(path, client))])
-            if not arms:
-                raise WorkflowError(f"{request.workflow} has no accelerating Stretto node, so there is nothing to compare.")
-            return compare(client, plain, arms, request.prompts, [] if request.seed is None else [request.seed],
-                           request.repeats, 1, folder, REFERENCE_STEPS if request.reference else 0, remember,
-                           steps=request.steps, competitor=request.fewer_steps, stop=stop, command=self._command(request))
+            return compare(
+                client,
+                plain,
+                arms,
+                request.prompts,
+                [] if request.seed is None else [request.seed],
+                request.repeats,
+                1,
+                folder,
+                REFERENCE_STEPS if request.reference else 0,
+                remember,
+                steps=request.steps,
+                competitor=request.fewer_steps,
+                stop=stop,
+                command=self._command(request),
+            )
 
     def _command(self, request: Request) -> str:
         """The command line that does the same."""
@@ -138,6 +173,11 @@ class Session:
         words += ["--prompts", *request.prompts] if request.prompts else []
         words += ["--seed", str(request.seed)] if request.seed is not None else []
         words += ["--steps", str(request.steps)] if request.steps is not None else []
-        words += ["--repeats", str(request.repeats), "--reference-steps", str(REFERENCE_STEPS if request.reference else 0)]
+        words += [
+            "--repeats",
+            str(request.repeats),
+            "--reference-steps",
+            str(REFERENCE_STEPS if request.reference else 0),
+        ]
         words += [] if request.fewer_steps else ["--no-fewer-steps"]
         return shlex.join(words)

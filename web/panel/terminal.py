@@ -1,4 +1,5 @@
 """Reports and progress in a terminal, or as lines in a log where there is none."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -29,13 +30,21 @@ def print_report(report: Report, console: Console) -> None:
     for row in rows[1:]:
         cells = [row.cell(arm) for arm in report["arms"]]
         style = (lambda arm: VERDICT_STYLES.get(arm["verdict"], "")) if row.title == "Verdict" else (lambda arm: "")
-        table.add_row(row.title, *(f"[{style(arm)}]{_plain(cell)}[/]" if style(arm) else _plain(cell)
-                                   for arm, cell in zip(report["arms"], cells)))
+        table.add_row(
+            row.title,
+            *(
+                f"[{style(arm)}]{_plain(cell)}[/]" if style(arm) else _plain(cell)
+                for arm, cell in zip(report["arms"], cells)
+            ),
+        )
     console.print(table)
     for arm in report["arms"]:
         if arm["ceiling"]:
-            console.print(f"{_plain(arm['label'])}: a skipped evaluation takes {100 * arm['ceiling']['share_of_skipped']:.1f} % "
-                          f"of a computed one; the ceiling is {format_ratio(arm['ceiling']['ratio'])}.", highlight=False)
+            console.print(
+                f"{_plain(arm['label'])}: a skipped evaluation takes {100 * arm['ceiling']['share_of_skipped']:.1f} % "
+                f"of a computed one; the ceiling is {format_ratio(arm['ceiling']['ratio'])}.",
+                highlight=False,
+            )
         for note in arm["notes"]:
             console.print(_plain(note), highlight=False)
     for sentence in [*report["headline"], *report["notes"]]:
@@ -65,11 +74,19 @@ def show_progress(console: Console) -> Iterator[ProgressCallback]:
     if not console.is_terminal:
         yield lambda progress: _log(progress, console)
         return
-    bar = Bar(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
-              console=console, transient=True)
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
     with bar:
         task = bar.add_task("starting", total=None)
-        yield lambda progress: bar.update(task, total=progress.total, completed=progress.done, description=_describe(progress))
+        yield lambda progress: bar.update(
+            task, total=progress.total, completed=progress.done, description=_describe(progress)
+        )
 
 
 def _describe(progress: Progress) -> str:
@@ -84,5 +101,11 @@ def _log(progress: Progress, console: Console) -> None:
     if run is None:
         return
     seconds = run.sampler_seconds if run.sampler_seconds is not None else run.seconds
-    console.print(_plain(f"{progress.phase} {progress.done}/{progress.total}: {progress.arm}, “{run.prompt}”, "
-                         f"{format_seconds(seconds)} s"), highlight=False, soft_wrap=True)
+    console.print(
+        _plain(
+            f"{progress.phase} {progress.done}/{progress.total}: {progress.arm}, “{run.prompt}”, "
+            f"{format_seconds(seconds)} s"
+        ),
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,4 +1,5 @@
 """What the page shows: pure functions from the session's state to HTML and component updates."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from .measure.pictures import TINY, enlarge
 from .measure.report import Report, table_html, timeline_rows
 from .measure.table import format_seconds
 from .measure.timeline import timeline_svg
-from .session import State
+from .session import State, export_path
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def page_of(state: State) -> Page:
         slider=slider_pair(state.report, state.folder, choices[0] if choices else ""),
         table=f'<div class="stretto embedded">{table_html(state.report)}</div>',
         timeline=f'<div class="stretto embedded"><div class="scroll">{timeline_svg(timeline_rows(state.report))}</div></div>',
-        export=gr.DownloadButton(value=str(state.folder / "index.html"), visible=True))
+        export=gr.DownloadButton(value=str(export_path(state.folder)), visible=True),
+    )
 
 
 def status(server: str, facts: dict[str, Any] | None, problem: str | None) -> str:
@@ -59,8 +61,10 @@ def status(server: str, facts: dict[str, Any] | None, problem: str | None) -> st
         return f'<p><span class="dot bad"></span>{escape(problem or "")}</p>'
     device = facts["devices"][0]["name"] if facts["devices"] else "unknown device"
     pack = "" if facts["timing"] == "sampler" else " · without the Stretto nodes: total time only"
-    return (f'<p><span class="dot good"></span>{escape(server)} · ComfyUI {escape(facts["comfyui"])} · '
-            f'{escape(device)}{pack}</p>')
+    return (
+        f'<p><span class="dot good"></span>{escape(server)} · ComfyUI {escape(facts["comfyui"])} · '
+        f"{escape(device)}{pack}</p>"
+    )
 
 
 def idle() -> str:
@@ -89,20 +93,25 @@ def running(progress: Progress | None) -> str:
     if progress.finished is not None:
         seconds = progress.finished.sampler_seconds or progress.finished.seconds
         last = f", {format_seconds(seconds)} s"
-    return (f'<div class="bar" role="progressbar" aria-valuenow="{percent:.0f}" aria-valuemin="0" aria-valuemax="100">'
-            f'<i style="width:{percent:.1f}%"></i></div><p class="line">Run {min(progress.done + 1, progress.total)} of '
-            f'{progress.total} ({escape(progress.phase)}): {escape(progress.arm)}{step}{last} · “{escape(progress.prompt)}”</p>')
+    return (
+        f'<div class="bar" role="progressbar" aria-valuenow="{percent:.0f}" aria-valuemin="0" aria-valuemax="100">'
+        f'<i style="width:{percent:.1f}%"></i></div><p class="line">Run {min(progress.done + 1, progress.total)} of '
+        f"{progress.total} ({escape(progress.phase)}): {escape(progress.arm)}{step}{last} · “{escape(progress.prompt)}”</p>"
+    )
 
 
 def finished(report: Report) -> str:
     """The headline, and whatever the reader has to know about it."""
     first = "".join(f"<p>{escape(sentence)}</p>" for sentence in report["headline"])
-    notes = "".join(f'<p class="note">{escape(note)}</p>'
-                    for note in [*report["notes"], *(note for arm in report["arms"] for note in arm["notes"])])
+    notes = "".join(
+        f'<p class="note">{escape(note)}</p>'
+        for note in [*report["notes"], *(note for arm in report["arms"] for note in arm["notes"])]
+    )
     return f'<div class="headline">{first}{notes}</div>'
 
 
 # Pictures
+
 
 def choices_of(report: Report) -> list[str]:
     """One choice per prompt and seed that has both pictures."""

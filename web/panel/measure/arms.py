@@ -2,6 +2,7 @@
 
 Nothing here depends on fixed node ids: samplers are found by class, everything else by following their links.
 """
+
 from __future__ import annotations
 
 import copy
@@ -51,8 +52,13 @@ def name_of(label: str, taken: Iterable[str] = ()) -> str:
 
 def is_link(value: Any) -> bool:
     """Whether an input value is a link [node id, output slot]."""
-    return (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
-            and isinstance(value[1], int) and not isinstance(value[1], bool))
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and isinstance(value[1], int)
+        and not isinstance(value[1], bool)
+    )
 
 
 def sampler_ids(api: Api) -> list[str]:
@@ -68,7 +74,29 @@ def fingerprint(api: Api) -> str:
     return hashlib.sha256(json.dumps(api, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def shape(api: Api) -> list[str]:
+    """What a workflow computes, whatever its node ids, titles, prompt and seed: one hash per node, sorted."""
+    api = prepare(api)
+    api = set_seed(api, 0) if get_seed(api) is not None else api
+    api = set_prompt(api, "") if get_prompt(api) is not None else api
+    known: dict[str, str] = {}
+
+    def of(key: str) -> str:
+        if key not in known:
+            known[key] = "cycle"  # such a workflow never runs, but comparing it must end
+            node = api.get(key, {"class_type": "missing", "inputs": {}})
+            inputs = {
+                name: [of(value[0]), value[1]] if is_link(value) else value for name, value in node["inputs"].items()
+            }
+            text = json.dumps([node["class_type"], inputs], sort_keys=True)
+            known[key] = hashlib.sha256(text.encode()).hexdigest()
+        return known[key]
+
+    return sorted(of(key) for key in api)
+
+
 # Finding what to set
+
 
 def _upstream(api: Api, link: Any, wanted: Callable[[dict[str, Any]], bool], skip: Iterable[str] = ()) -> str | None:
     """Id of the nearest node at or above `link` that is `wanted`; inputs named in `skip` are not followed."""
@@ -110,8 +138,12 @@ def _text_holders(api: Api) -> list[tuple[str, str]]:
             guider = api.get(inputs["guider"][0], {}).get("inputs", {})
             entry = guider.get("positive", guider.get("conditioning"))
         for name in ("text", "prompt", "value", "string"):
-            key = _upstream(api, entry, lambda node, name=name: isinstance(node.get(name), str),
-                            skip=("negative", "model", "vae", "clip"))
+            key = _upstream(
+                api,
+                entry,
+                lambda node, name=name: isinstance(node.get(name), str),
+                skip=("negative", "model", "vae", "clip"),
+            )
             if key is not None:
                 holders.append((key, name))
                 break
@@ -150,6 +182,7 @@ def _read(api: Api, holders: Iterable[tuple[str, str] | None]) -> Any:
 
 
 # Edits: each returns a changed copy
+
 
 def set_prompt(api: Api, text: str) -> Api:
     """Set the positive prompt, found upstream of the samplers' positive conditioning."""
@@ -211,10 +244,15 @@ def get_batch(api: Api) -> int | None:
 
 def accelerators(api: Api) -> list[str]:
     """Class names of this pack's nodes that take a MODEL and change how it runs, in the order of the file."""
-    return list(dict.fromkeys(
-        node["class_type"] for node in api.values()
-        if node["class_type"].startswith(PREFIX) and node["class_type"] != MEASURE
-        and is_link(node.get("inputs", {}).get("model"))))
+    return list(
+        dict.fromkeys(
+            node["class_type"]
+            for node in api.values()
+            if node["class_type"].startswith(PREFIX)
+            and node["class_type"] != MEASURE
+            and is_link(node.get("inputs", {}).get("model"))
+        )
+    )
 
 
 def bypass(api: Api, class_types: Iterable[str]) -> Api:
@@ -224,7 +262,9 @@ def bypass(api: Api, class_types: Iterable[str]) -> Api:
     for key in [key for key, node in edited.items() if node["class_type"] in classes]:
         source = edited[key].get("inputs", {}).get("model")
         if not is_link(source):
-            raise WorkflowError(f"{edited[key]['class_type']} (node {key}) has no MODEL input, so it cannot be bypassed.")
+            raise WorkflowError(
+                f"{edited[key]['class_type']} (node {key}) has no MODEL input, so it cannot be bypassed."
+            )
         del edited[key]
         for node in edited.values():
             for name, value in node.get("inputs", {}).items():
@@ -246,8 +286,11 @@ def remove(api: Api, class_types: Iterable[str]) -> Api:
     while gone:
         for key in gone:
             del edited[key]
-        gone = {key for key, node in edited.items() if any(
-            is_link(value) and value[0] not in edited for value in node.get("inputs", {}).values())}
+        gone = {
+            key
+            for key, node in edited.items()
+            if any(is_link(value) and value[0] not in edited for value in node.get("inputs", {}).values())
+        }
     return edited
 
 
@@ -288,8 +331,9 @@ def defeat_cache_without_pack(api: Api, nonce: int) -> Api:
     for sampler in sampler_ids(api):
         denoise = edited[sampler]["inputs"].get("denoise")
         if not isinstance(denoise, (int, float)) or denoise <= FULL_DENOISE:
-            raise WorkflowError("This server lacks the Stretto nodes, and without them only KSampler with denoise 1 "
-                                "can be measured.")
+            raise WorkflowError(
+                "This server lacks the Stretto nodes, and without them only KSampler with denoise 1 can be measured."
+            )
         edited[sampler]["inputs"]["denoise"] = 1.0 - (nonce % 10_000_000) * DENOISE_QUANTUM
     return edited
 
@@ -300,8 +344,11 @@ def label_of(api: Api, fallback: str) -> str:
     for node in api.values():
         inputs = node.get("inputs", {})
         if node["class_type"] == "StrettoCache":
-            setting = (f"threshold {inputs.get('threshold')}" if inputs.get("method") == "EasyCache"
-                       else f"every {inputs.get('interval')}, order {inputs.get('order')}")
+            setting = (
+                f"threshold {inputs.get('threshold')}"
+                if inputs.get("method") == "EasyCache"
+                else f"every {inputs.get('interval')}, order {inputs.get('order')}"
+            )
             parts.append(f"{inputs.get('method')} ({setting})")
         elif node["class_type"] in accelerators(api):
             parts.append(node["class_type"].removeprefix(PREFIX))

@@ -1,4 +1,5 @@
 """Talk to a ComfyUI server: queue a workflow, follow it over the WebSocket, fetch pictures and traces."""
+
 from __future__ import annotations
 
 import json
@@ -8,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httpx
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
@@ -28,8 +29,8 @@ from .errors import (
 Api = dict[str, dict[str, Any]]
 StepCallback = Callable[[int, int], None]
 
-POLL_SECONDS = 0.25      # how long a read waits before the stop event and the deadline are looked at
-SILENCE_SECONDS = 5.0    # after so long without a message the history is asked, in case the final event was lost
+POLL_SECONDS = 0.25  # how long a read waits before the stop event and the deadline are looked at
+SILENCE_SECONDS = 5.0  # after so long without a message the history is asked, in case the final event was lost
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,11 @@ class ComfyClient:
 
     def __init__(self, base_url: str, timeout: float = 15.0):
         """`base_url` like http://127.0.0.1:8188; `timeout` in seconds for one HTTP request."""
-        base_url = base_url.strip().rstrip("/")
-        if "://" not in base_url:
-            base_url = f"http://{base_url}"
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ServerUnreachable(f"{base_url!r} is not a server address; it should look like http://127.0.0.1:8188.")
-        self.base_url = base_url
+        parts = _address(base_url.strip())
+        self.base_url = base_url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self.client_id = uuid.uuid4().hex
         self.loopback = parts.hostname in ("127.0.0.1", "localhost", "::1")
-        self._ws_url = f"{'wss' if parts.scheme == 'https' else 'ws'}{base_url[len(parts.scheme):]}/ws"
+        self._ws_url = f"{'wss' if parts.scheme == 'https' else 'ws'}{base_url[len(parts.scheme) :]}/ws"
         # Proxies of the environment never lead to a machine of one's own.
         self._http = httpx.Client(base_url=base_url, timeout=timeout, trust_env=False)
         self._object_info: dict[str, Any] | None = None
@@ -145,8 +141,14 @@ class ComfyClient:
 
     # One run, followed to its end
 
-    def run(self, workflow: Api, *, on_step: StepCallback | None = None, stop: threading.Event | None = None,
-            timeout: float = 1800.0) -> RunResult:
+    def run(
+        self,
+        workflow: Api,
+        *,
+        on_step: StepCallback | None = None,
+        stop: threading.Event | None = None,
+        timeout: float = 1800.0,
+    ) -> RunResult:
         """Run an API workflow to its end; `timeout` in seconds, `on_step(step, steps)` follows the sampler."""
         with self._connect() as socket:
             prompt_id = self.queue(workflow)
@@ -168,8 +170,15 @@ class ComfyClient:
         except (OSError, InvalidHandshake, TimeoutError) as error:
             raise self._unreachable() from error
 
-    def _follow(self, socket: ClientConnection, prompt_id: str, state: _Progress, on_step: StepCallback | None,
-                stop: threading.Event | None, deadline: float) -> None:
+    def _follow(
+        self,
+        socket: ClientConnection,
+        prompt_id: str,
+        state: _Progress,
+        on_step: StepCallback | None,
+        stop: threading.Event | None,
+        deadline: float,
+    ) -> None:
         """Read events until the run is over."""
         heard = time.monotonic()
         while not state.done:
@@ -253,9 +262,25 @@ class ComfyClient:
         return ServerDied(f"The server at {self.base_url} went away in the middle of a run; it may have crashed.")
 
 
+def _address(url: str) -> SplitResult:
+    """The parts of a server's address; raises `ServerUnreachable` for anything else."""
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0):
+            httpx.URL(parts.geturl())
+            return parts
+    except (ValueError, httpx.InvalidURL):
+        pass  # the same sentence as for every other wrong address
+    raise ServerUnreachable(f"{url!r} is not a server address; it should look like http://127.0.0.1:8188.")
+
+
 def _server_seconds(entry: dict[str, Any]) -> float | None:
     """Seconds between the start and success messages of a history entry, or None on servers without timestamps."""
-    stamps = {name: data.get("timestamp") for name, data in entry.get("status", {}).get("messages", []) if isinstance(data, dict)}
+    stamps = {
+        name: data.get("timestamp")
+        for name, data in entry.get("status", {}).get("messages", [])
+        if isinstance(data, dict)
+    }
     start, end = stamps.get("execution_start"), stamps.get("execution_success")
     return None if start is None or end is None else (end - start) / 1000
 
@@ -294,8 +319,9 @@ def _failed(data: dict[str, Any]) -> ExecutionFailed:
     lines = str(data.get("exception_message") or data.get("exception_type") or "unknown error").strip().splitlines()
     message = lines[0].strip() if lines else "unknown error"
     class_type = str(data.get("node_type", "a node"))
-    return ExecutionFailed(f"{class_type} (node {data.get('node_id', '?')}) failed: {message}",
-                           str(data.get("node_id", "")), class_type)
+    return ExecutionFailed(
+        f"{class_type} (node {data.get('node_id', '?')}) failed: {message}", str(data.get("node_id", "")), class_type
+    )
 
 
 def _invalid(reply: dict[str, Any], workflow: Api) -> InvalidWorkflow:
@@ -307,8 +333,12 @@ def _invalid(reply: dict[str, Any], workflow: Api) -> InvalidWorkflow:
             details = error.get("details") or ""
             place = f"{class_type} (node {node_id})" + (f", input {field_name!r}" if field_name else "")
             tail = f" ({details})" if details and details != field_name else ""
-            return InvalidWorkflow(f"The server refused the workflow at {place}: {error.get('message', 'invalid')}{tail}.",
-                                   node_id, class_type, field_name)
+            return InvalidWorkflow(
+                f"The server refused the workflow at {place}: {error.get('message', 'invalid')}{tail}.",
+                node_id,
+                class_type,
+                field_name,
+            )
     error = reply.get("error") or {}
     message = error.get("message") if isinstance(error, dict) else str(error)
     return InvalidWorkflow(f"The server refused the workflow: {message or 'no reason given'}")

@@ -1,4 +1,5 @@
 """One comparison from beginning to end: probe, warm up, measure interleaved, fetch pictures, write the report."""
+
 from __future__ import annotations
 
 import hashlib
@@ -18,10 +19,11 @@ from .interleave import Cell, Measurement, MeasurementFile, Slot, cells_of, rema
 from .metrics import read_rgb
 from .pictures import png_bytes
 from .report import Report, Results, build_report, server_facts, write_report
+from .workflow import is_ui_workflow, ui_to_api
 
 REFERENCE_STEPS = 200
-RUN_TIMEOUT = 3600.0    # seconds for a single run, generous because large models on a CPU are slow
-NONCE_BITS = 52         # JavaScript's integers end at 53
+RUN_TIMEOUT = 3600.0  # seconds for a single run, generous because large models on a CPU are slow
+NONCE_BITS = 52  # JavaScript's integers end at 53
 PICTURES = "pictures"
 MEASUREMENTS = "measurements.jsonl"
 
@@ -43,11 +45,25 @@ class Progress:
 ProgressCallback = Callable[[Progress], None]
 
 
-def compare(client: ComfyClient, plain_workflow: Api, arms: Sequence[Arm], prompts: Sequence[str] = (),
-            seeds: Sequence[int] = (), repeats: int = 3, warmup: int = 1, out_dir: Path = Path("report"),
-            reference_steps: int = REFERENCE_STEPS, progress: ProgressCallback | None = None, *,
-            batch: int | None = None, steps: int | None = None, competitor: bool = True, resume: bool = False,
-            stop: threading.Event | None = None, command: str = "") -> Report:
+def compare(
+    client: ComfyClient,
+    plain_workflow: Api,
+    arms: Sequence[Arm],
+    prompts: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    repeats: int = 3,
+    warmup: int = 1,
+    out_dir: Path = Path("report"),
+    reference_steps: int = REFERENCE_STEPS,
+    progress: ProgressCallback | None = None,
+    *,
+    batch: int | None = None,
+    steps: int | None = None,
+    competitor: bool = True,
+    resume: bool = False,
+    stop: threading.Event | None = None,
+    command: str = "",
+) -> Report:
     """Measure `arms` against `plain_workflow` (API JSON) and write report.json and index.html into `out_dir`.
 
     Without prompts or seeds those of the workflow are used. `competitor` adds the same sampler with as many steps as
@@ -62,7 +78,9 @@ def compare(client: ComfyClient, plain_workflow: Api, arms: Sequence[Arm], promp
 class _Comparison:
     """State of one comparison: the arms and cells, what has been measured, and whom to tell."""
 
-    def __init__(self, client: ComfyClient, folder: Path, progress: ProgressCallback | None, stop: threading.Event | None):
+    def __init__(
+        self, client: ComfyClient, folder: Path, progress: ProgressCallback | None, stop: threading.Event | None
+    ):
         self.client, self.folder, self.stop = client, folder, stop
         self.tell = progress or (lambda _: None)
         self.stats = client.health()
@@ -73,8 +91,15 @@ class _Comparison:
         self.notes: list[str] = []
         self.total = self.done = 0
 
-    def plan(self, plain_workflow: Api, arms: Sequence[Arm], prompts: Sequence[str], seeds: Sequence[int],
-             batch: int | None, steps: int | None) -> None:
+    def plan(
+        self,
+        plain_workflow: Api,
+        arms: Sequence[Arm],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        batch: int | None,
+        steps: int | None,
+    ) -> None:
         """Make every arm's workflow equal in everything that is not compared."""
         if not prompts:
             found = edit.get_prompt(plain_workflow)
@@ -93,7 +118,9 @@ class _Comparison:
         if not self.with_pack:
             self.notes.append("The server lacks the Stretto nodes: total time only.")
 
-    def run(self, repeats: int, warmup: int, reference_steps: int, competitor: bool, resume: bool, command: str) -> Report:
+    def run(
+        self, repeats: int, warmup: int, reference_steps: int, competitor: bool, resume: bool, command: str
+    ) -> Report:
         """Carry the plan out and write the report."""
         if repeats < 1 or warmup < 0:
             raise WorkflowError("A comparison needs at least one repeat and no negative number of warm-up rounds.")
@@ -118,9 +145,18 @@ class _Comparison:
         except Stopped:
             complete = False
             self._drop_torn_rounds(slots)
-        report = build_report(Results(self.folder, self.arms, self.cells, self.measurements,
-                                      server_facts(self.stats, self.client.base_url, self.with_pack, self.client.loopback),
-                                      self._settings(repeats, warmup, reference_steps, complete), command, self.notes))
+        report = build_report(
+            Results(
+                self.folder,
+                self.arms,
+                self.cells,
+                self.measurements,
+                server_facts(self.stats, self.client.base_url, self.with_pack, self.client.loopback),
+                self._settings(repeats, warmup, reference_steps, complete),
+                command,
+                self.notes,
+            )
+        )
         write_report(report, self.folder)
         return report
 
@@ -145,6 +181,7 @@ class _Comparison:
 
     def _measure(self, slots: Sequence[Slot], file: MeasurementFile) -> None:
         """Run what is left of the schedule."""
+
         def keep(measurement: Measurement) -> None:
             if not measurement.warmup:
                 file.append(measurement)
@@ -172,20 +209,38 @@ class _Comparison:
     def _execute(self, slot: Slot, phase: str = "") -> Measurement:
         """One run on the server, with its traces and, unless it is discarded, its pictures."""
         phase = phase or ("warm-up" if slot.warmup else "measuring")
-        result = self.client.run(self._workflow(slot), on_step=self._stepper(phase, slot), stop=self.stop, timeout=RUN_TIMEOUT)
+        result = self.client.run(
+            self._workflow(slot), on_step=self._stepper(phase, slot), stop=self.stop, timeout=RUN_TIMEOUT
+        )
         cached = set(edit.sampler_ids(slot.arm.workflow)) & result.cached
         if cached:
-            raise MeasureError(f"The server took sampler node {cached.pop()} from its node cache, so nothing was measured.")
+            raise MeasureError(
+                f"The server took sampler node {cached.pop()} from its node cache, so nothing was measured."
+            )
         traces = self.client.traces(result.prompt_id) if self.with_pack else None
         pictures, pixels = ([], "") if slot.warmup else self._pictures(slot, result.outputs)
-        return Measurement(slot.arm.name, slot.cell.index, slot.cell.prompt, slot.cell.seed, slot.repeat, slot.round,
-                           slot.position, result.prompt_id, result.seconds, traces, pictures, pixels)
+        return Measurement(
+            slot.arm.name,
+            slot.cell.index,
+            slot.cell.prompt,
+            slot.cell.seed,
+            slot.repeat,
+            slot.round,
+            slot.position,
+            result.prompt_id,
+            result.seconds,
+            traces,
+            pictures,
+            pixels,
+        )
 
     def _workflow(self, slot: Slot) -> Api:
         """The arm's workflow for this cell, with a nonce that ComfyUI's node cache has never seen."""
         workflow = edit.set_seed(edit.set_prompt(slot.arm.workflow, slot.cell.prompt), slot.cell.seed)
         nonce = secrets.randbits(NONCE_BITS)
-        return edit.ensure_measure(workflow, nonce) if self.with_pack else edit.defeat_cache_without_pack(workflow, nonce)
+        return (
+            edit.ensure_measure(workflow, nonce) if self.with_pack else edit.defeat_cache_without_pack(workflow, nonce)
+        )
 
     def _pictures(self, slot: Slot, outputs: dict[str, Any]) -> tuple[list[str], str]:
         """Fetch the run's pictures, keep those of the first repeat as files, and hash the pixels of all."""
@@ -226,24 +281,36 @@ class _Comparison:
     def _settings(self, repeats: int, warmup: int, reference_steps: int, complete: bool) -> dict[str, Any]:
         """What was run, for the report."""
         plain = self.arms[0].workflow
-        sampler = plain[edit.sampler_ids(plain)[0]]["inputs"]
-        return {"prompts": list(dict.fromkeys(cell.prompt for cell in self.cells)),
-                "seeds": list(dict.fromkeys(cell.seed for cell in self.cells)),
-                "repeats": repeats, "warmup": warmup, "steps": edit.get_steps(plain), "reference_steps": reference_steps,
-                "batch": edit.get_batch(plain), "sampler": sampler.get("sampler_name"),
-                "scheduler": sampler.get("scheduler"), "cfg": sampler.get("cfg"), "complete": complete}
+        inputs = plain[edit.sampler_ids(plain)[0]]["inputs"]
+        sampler = {name: value for name, value in inputs.items() if not edit.is_link(value)}
+        return {
+            "prompts": list(dict.fromkeys(cell.prompt for cell in self.cells)),
+            "seeds": list(dict.fromkeys(cell.seed for cell in self.cells)),
+            "repeats": repeats,
+            "warmup": warmup,
+            "steps": edit.get_steps(plain),
+            "reference_steps": reference_steps,
+            "batch": edit.get_batch(plain),
+            "sampler": sampler.get("sampler_name"),
+            "scheduler": sampler.get("scheduler"),
+            "cfg": sampler.get("cfg"),
+            "complete": complete,
+        }
 
     def _fingerprint(self, repeats: int, reference_steps: int, competitor: bool) -> str:
         """Identity of the plan, so that only measurements of the same plan are continued."""
-        plan = [[(arm.name, edit.fingerprint(arm.workflow)) for arm in self.arms],
-                [(cell.prompt, cell.seed) for cell in self.cells], repeats, reference_steps, competitor]
+        plan = [
+            [(arm.name, edit.fingerprint(arm.workflow)) for arm in self.arms],
+            [(cell.prompt, cell.seed) for cell in self.cells],
+            repeats,
+            reference_steps,
+            competitor,
+        ]
         return hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
 
 
 def read_workflow(path: Path, client: ComfyClient) -> Api:
     """Read a workflow file, UI or API form, as API JSON; raises `WorkflowError`."""
-    from .workflow import is_ui_workflow, ui_to_api
-
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -300,12 +367,18 @@ def _json_prompts(name: str, text: str) -> list[str]:
 def arms_of(workflows: Sequence[tuple[str, Api]]) -> tuple[Api, list[Arm]]:
     """Named workflows -> the plain workflow (the first with this pack's nodes bypassed) and one arm for each other one.
 
-    A workflow that is the plain one already makes no arm.
+    A workflow that is the plain one already makes no arm; raises `WorkflowError` when none is left.
     """
     baseline = edit.plain(workflows[0][1])
+    shape = edit.shape(baseline)
+    taken = ["plain", "reference", "fewer-steps"]
     arms: list[Arm] = []
     for name, workflow in workflows:
-        if workflow != baseline:
-            label = edit.label_of(workflow, name)
-            arms.append(Arm(edit.name_of(label, ["plain", "reference", "fewer-steps", *(a.name for a in arms)]), label, workflow))
+        if edit.shape(workflow) == shape:
+            continue
+        label = edit.label_of(workflow, name)
+        arms.append(Arm(edit.name_of(label, taken), label, workflow))
+        taken.append(arms[-1].name)
+    if not arms:
+        raise WorkflowError("No workflow has an accelerating Stretto node, so there is nothing to compare.")
     return baseline, arms

@@ -1,4 +1,5 @@
 """What can go wrong while measuring. The text of each exception is one sentence for the person at the screen."""
+
 from __future__ import annotations
 
 

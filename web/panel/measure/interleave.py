@@ -1,4 +1,5 @@
 """Interleaved measuring: which run comes when, and a file in which every finished run survives a crash."""
+
 from __future__ import annotations
 
 import json
@@ -94,7 +95,9 @@ def schedule(arms: Sequence[Arm], cells: Sequence[Cell], repeats: int, warmup: i
     """All runs in order: `warmup` discarded rounds on the first cell, then `repeats` rounds of every cell."""
     slots = []
     for index in range(warmup):
-        slots += [Slot(index - warmup, position, arm, cells[0], 0) for position, arm in enumerate(order_of(index, arms))]
+        slots += [
+            Slot(index - warmup, position, arm, cells[0], 0) for position, arm in enumerate(order_of(index, arms))
+        ]
     rounds = [(cell, repeat) for repeat in range(repeats) for cell in cells]
     for number, (cell, repeat) in enumerate(rounds):
         slots += [Slot(number, position, arm, cell, repeat) for position, arm in enumerate(order_of(number, arms))]
@@ -109,14 +112,21 @@ def remaining(slots: Iterable[Slot], finished: Iterable[Measurement]) -> list[Sl
     """
     slots = list(slots)
     done = {(m.round, m.arm) for m in finished}
-    complete = {slot.round for slot in slots} - {slot.round for slot in slots if (slot.round, slot.arm.name) not in done}
+    complete = {slot.round for slot in slots} - {
+        slot.round for slot in slots if (slot.round, slot.arm.name) not in done
+    }
     left = [slot for slot in slots if not slot.warmup and slot.round not in complete]
     return [slot for slot in slots if slot.warmup] + left if left else []
 
 
-def run_interleaved(slots: Sequence[Slot], execute: Callable[[Slot], Measurement],
-                    sink: Callable[[Measurement], None], *, before: Callable[[int, Slot], None] | None = None,
-                    stop: threading.Event | None = None) -> Iterator[Measurement]:
+def run_interleaved(
+    slots: Sequence[Slot],
+    execute: Callable[[Slot], Measurement],
+    sink: Callable[[Measurement], None],
+    *,
+    before: Callable[[int, Slot], None] | None = None,
+    stop: threading.Event | None = None,
+) -> Iterator[Measurement]:
     """Run the slots in order and yield each measurement after the sink has it; `before(index, slot)` announces a run.
 
     Raises `Stopped` when `stop` is set, and whatever `execute` raises; what has finished is in the sink then.

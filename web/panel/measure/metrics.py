@@ -1,4 +1,5 @@
 """Picture metrics and robust statistics."""
+
 from __future__ import annotations
 
 import io
@@ -11,11 +12,12 @@ import numpy as np
 from PIL import Image
 
 INFINITE = "inf"  # JSON has no infinity; reports write this word
-SSIM_WINDOW = 7   # scikit-image's default, shrunk for smaller pictures
+SSIM_WINDOW = 7  # scikit-image's default, shrunk for smaller pictures
 CONFIDENCE = 0.95
 
 
 # Pictures
+
 
 def read_rgb(data: bytes) -> np.ndarray:
     """A picture file -> uint8 [H, W, 3]; raises `ValueError` when it is not one."""
@@ -65,6 +67,7 @@ def from_json_number(value: float | str | None) -> float | None:
 
 # Statistics
 
+
 @dataclass(frozen=True)
 class Spread:
     """A sample in seven numbers: count, median, quartiles, extremes, and the interval of the median.
@@ -89,13 +92,21 @@ class Spread:
 
 def spread(values: Sequence[float]) -> Spread | None:
     """Median, quartiles, extremes and the confidence interval of the median; None for no values."""
-    if not values:
+    if len(values) == 0:
         return None
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     q1, median, q3 = (float(v) for v in np.quantile(ordered, [0.25, 0.5, 0.75]))
     rank = _median_rank(len(ordered))
-    return Spread(len(ordered), median, q1, q3, float(ordered[0]), float(ordered[-1]),
-                  float(ordered[rank]), float(ordered[-1 - rank]))
+    return Spread(
+        len(ordered),
+        median,
+        q1,
+        q3,
+        float(ordered[0]),
+        float(ordered[-1]),
+        float(ordered[rank]),
+        float(ordered[-1 - rank]),
+    )
 
 
 def _median_rank(count: int) -> int:
@@ -127,8 +138,12 @@ class Quality:
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object with infinity written as a word."""
-        return {"mean": to_json_number(self.mean), "worst": to_json_number(self.worst),
-                "count": self.count, "identical": self.identical}
+        return {
+            "mean": to_json_number(self.mean),
+            "worst": to_json_number(self.worst),
+            "count": self.count,
+            "identical": self.identical,
+        }
 
 
 def quality(values: Sequence[float], perfect: float) -> Quality | None:

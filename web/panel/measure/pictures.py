@@ -1,4 +1,5 @@
 """Pictures for people: upscaling without smoothing, difference pictures, and data addresses for one-file pages."""
+
 from __future__ import annotations
 
 import base64
@@ -7,9 +8,9 @@ import io
 import numpy as np
 from PIL import Image
 
-DIFFERENCE_GAIN = 4     # how much brighter a difference picture is than the difference
-TINY = 160              # below this many pixels a picture is enlarged pixel by pixel
-INLINE_SIDE = 640       # larger pictures are shrunk before they are put into a page
+DIFFERENCE_GAIN = 4  # how much brighter a difference picture is than the difference
+TINY = 160  # below this many pixels a picture is enlarged pixel by pixel
+INLINE_SIDE = 640  # larger pictures are shrunk before they are put into a page
 JPEG_QUALITY = 88
 
 

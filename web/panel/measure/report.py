@@ -1,4 +1,5 @@
 """The report of a comparison: report@1 as JSON, and one self-contained HTML page made from it."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from .arms import Arm
 from .errors import ReportError
@@ -47,9 +48,15 @@ def build_report(results: Results) -> Report:
     runs = by_arm(results.measurements)
     cells = [_cell_entry(results, cell, runs) for cell in results.cells]
     plain = runs.get("plain", [])
-    arms = [arm_row(arm, runs.get(arm.name, []), plain,
-                    [cell["pictures"][arm.name] for cell in cells if arm.name in cell["pictures"]])
-            for arm in results.arms]
+    arms = [
+        arm_row(
+            arm,
+            runs.get(arm.name, []),
+            plain,
+            [cell["pictures"][arm.name] for cell in cells if arm.name in cell["pictures"]],
+        )
+        for arm in results.arms
+    ]
     report: Report = {
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -67,19 +74,34 @@ def build_report(results: Results) -> Report:
 
 def _cell_entry(results: Results, cell: Cell, runs: dict[str, list[Measurement]]) -> dict[str, Any]:
     """Prompt, seed and the pictures of every arm with their scores."""
-    files = {name: next((m.pictures for m in found if m.cell == cell.index and m.pictures), None)
-             for name, found in runs.items()}
-    pictures = {name: score_pictures(results.folder, found, files.get("plain") if name != "plain" else None,
-                                     files.get("reference") if name != "reference" else None)
-                for name, found in files.items() if found}
+    files = {
+        name: next((m.pictures for m in found if m.cell == cell.index and m.pictures), None)
+        for name, found in runs.items()
+    }
+    pictures = {
+        name: score_pictures(
+            results.folder,
+            found,
+            files.get("plain") if name != "plain" else None,
+            files.get("reference") if name != "reference" else None,
+        )
+        for name, found in files.items()
+        if found
+    }
     return {"index": cell.index, "prompt": cell.prompt, "seed": cell.seed, "pictures": pictures}
 
 
 def _measurement_entry(measurement: Measurement) -> dict[str, Any]:
     """The numbers of one run, without its traces and pictures."""
-    return {"arm": measurement.arm, "cell": measurement.cell, "repeat": measurement.repeat, "round": measurement.round,
-            "position": measurement.position, "sampler_seconds": measurement.sampler_seconds,
-            "total_seconds": measurement.seconds}
+    return {
+        "arm": measurement.arm,
+        "cell": measurement.cell,
+        "repeat": measurement.repeat,
+        "round": measurement.round,
+        "position": measurement.position,
+        "sampler_seconds": measurement.sampler_seconds,
+        "total_seconds": measurement.seconds,
+    }
 
 
 def headline(arms: Sequence[dict[str, Any]]) -> list[str]:
@@ -100,25 +122,37 @@ def _sentence(arm: dict[str, Any]) -> str:
         return f"{arm['label']}: {speed}."
     if psnr["identical"] == psnr["count"]:
         return f"{arm['label']}: {speed}, identical pictures."
-    return (f"{arm['label']}: {speed}, PSNR to plain {format_decibel(psnr['mean'])} on average, "
-            f"{format_decibel(psnr['worst'])} at worst.")
+    return (
+        f"{arm['label']}: {speed}, PSNR to plain {format_decibel(psnr['mean'])} on average, "
+        f"{format_decibel(psnr['worst'])} at worst."
+    )
 
 
 # The server and the machine
+
 
 def server_facts(stats: dict[str, Any], url: str, with_pack: bool, loopback: bool) -> dict[str, Any]:
     """What a report tells about the machine, out of /system_stats. Arguments with paths stay out of it."""
     system = stats.get("system", {})
     facts: dict[str, Any] = {
-        "url": url, "timing": "sampler" if with_pack else "total only",
+        "url": url,
+        "timing": "sampler" if with_pack else "total only",
         "comfyui": str(system.get("comfyui_version", "unknown")),
         "pytorch": str(system.get("pytorch_version", "unknown")),
         "python": str(system.get("python_version", "unknown")).split(" ")[0],
         "os": str(system.get("os", "unknown")),
         "ram_bytes": int(system.get("ram_total", 0)),
-        "flags": [flag for flag in system.get("argv", []) if flag.startswith("--") and "/" not in flag and "\\" not in flag],
-        "devices": [{"name": str(device.get("name", "unknown")), "type": str(device.get("type", "unknown")),
-                     "memory_bytes": int(device.get("vram_total", 0))} for device in stats.get("devices", [])],
+        "flags": [
+            flag for flag in system.get("argv", []) if flag.startswith("--") and "/" not in flag and "\\" not in flag
+        ],
+        "devices": [
+            {
+                "name": str(device.get("name", "unknown")),
+                "type": str(device.get("type", "unknown")),
+                "memory_bytes": int(device.get("vram_total", 0)),
+            }
+            for device in stats.get("devices", [])
+        ],
     }
     if loopback:
         facts["processor"] = _processor()
@@ -138,13 +172,22 @@ def _processor() -> str:
 
 # Files
 
+
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
     """Write report.json and index.html into `folder`, whose pictures the page inlines; returns both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / "report.json", folder / "index.html"
-    data.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(report, data)
     page.write_text(render_html(report, folder), encoding="utf-8")
     return data, page
+
+
+def write_json(report: Report, path: Path) -> None:
+    """Write a report@1, in one piece, so that nobody ever reads half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    fresh.replace(path)
 
 
 def read_report(path: Path) -> Report:
@@ -166,13 +209,29 @@ def read_report(path: Path) -> Report:
 
 # HTML
 
+
 def render_html(report: Report, folder: Path) -> str:
     """The report as one page with everything inlined; pictures are read from `folder`."""
     environment = _environment()
     return environment.get_template("report.html.j2").render(
-        report=report, columns=columns(report), style=Markup(STYLE.read_text(encoding="utf-8")),
+        report=report,
+        columns=columns(report),
+        style=Markup(STYLE.read_text(encoding="utf-8")),
         timeline=Markup(timeline_svg(timeline_rows(report))),
-        gallery=gallery(report, folder), gain=DIFFERENCE_GAIN)
+        gallery=gallery(report, folder),
+        gain=DIFFERENCE_GAIN,
+    )
+
+
+def _stacked(text: str) -> Markup:
+    """A cell in two lines: what stands in brackets or after a slash goes below, smaller, so that tables stay narrow."""
+    for mark in (" [", " / ", " + "):
+        head, found, tail = text.partition(mark)
+        if found:
+            return escape(head) + Markup("<small>{}</small>").format(
+                mark.strip() + ("" if mark == " [" else " ") + tail
+            )
+    return escape(text)
 
 
 def table_html(report: Report) -> str:
@@ -198,18 +257,48 @@ def gallery(report: Report, folder: Path) -> list[dict[str, Any]]:
             if entry is None:
                 continue
             pixels = plain if arm["name"] == "plain" else read_rgb((folder / entry["files"][0]).read_bytes())
-            apart = data_uri(difference(pixels, plain)) if arm["name"] != "plain" and pixels.shape == plain.shape else None
-            shots.append({"label": arm["label"], "role": arm["role"], "name": arm["name"], "picture": data_uri(pixels),
-                          "difference": apart, "psnr": entry.get("psnr", [None])[0], "ssim": entry.get("ssim", [None])[0],
-                          "width": pixels.shape[1], "height": pixels.shape[0]})
-        cells.append({"prompt": cell["prompt"], "seed": cell["seed"], "shots": shots,
-                      "batch": len(cell["pictures"]["plain"]["files"]), "tiny": max(plain.shape[:2]) <= TINY})
+            apart = (
+                data_uri(difference(pixels, plain)) if arm["name"] != "plain" and pixels.shape == plain.shape else None
+            )
+            shots.append(
+                {
+                    "label": arm["label"],
+                    "role": arm["role"],
+                    "name": arm["name"],
+                    "picture": data_uri(pixels),
+                    "difference": apart,
+                    "psnr": entry.get("psnr", [None])[0],
+                    "ssim": entry.get("ssim", [None])[0],
+                    "width": pixels.shape[1],
+                    "height": pixels.shape[0],
+                }
+            )
+        cells.append(
+            {
+                "prompt": cell["prompt"],
+                "seed": cell["seed"],
+                "shots": shots,
+                "batch": len(cell["pictures"]["plain"]["files"]),
+                "tiny": max(plain.shape[:2]) <= TINY,
+            }
+        )
     return cells
 
 
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(seconds=format_seconds, ratio=format_ratio, decibel=format_decibel, bytes=format_bytes,
-                               count=format_count)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(
+        stacked=_stacked,
+        seconds=format_seconds,
+        ratio=format_ratio,
+        decibel=format_decibel,
+        bytes=format_bytes,
+        count=format_count,
+    )
     return environment

@@ -1,4 +1,5 @@
 """From single measurements to one row per arm: times, ratios, calls, quality, memory, ceiling and verdict."""
+
 from __future__ import annotations
 
 import math
@@ -12,8 +13,8 @@ from .arms import Arm, get_steps
 from .interleave import Measurement
 from .metrics import Spread, from_json_number, paired_ratios, psnr, quality, read_rgb, spread, ssim, to_json_number
 
-SMALLEST_EFFECT = 0.02   # a ratio closer to 1 than this is never called a difference
-FEWEST_ROUNDS = 3        # fewer rounds give no verdict
+SMALLEST_EFFECT = 0.02  # a ratio closer to 1 than this is never called a difference
+FEWEST_ROUNDS = 3  # fewer rounds give no verdict
 BASELINES = {"plain": "baseline", "reference": "reference"}  # roles that are not judged
 SKIPPED = ("forecast", "reused")
 PictureScores = dict[str, Any]
@@ -39,8 +40,9 @@ def by_arm(measurements: Iterable[Measurement]) -> dict[str, list[Measurement]]:
     return dict(grouped)
 
 
-def arm_row(arm: Arm, runs: Sequence[Measurement], plain: Sequence[Measurement],
-            scores: Iterable[PictureScores]) -> dict[str, Any]:
+def arm_row(
+    arm: Arm, runs: Sequence[Measurement], plain: Sequence[Measurement], scores: Iterable[PictureScores]
+) -> dict[str, Any]:
     """The report's entry of one arm; `plain` are the plain arm's runs, `scores` the arm's picture scores per cell."""
     traces = [trace for run in runs for trace in run.traces or []]
     sampler = spread([run.sampler_seconds for run in runs if run.sampler_seconds is not None])
@@ -48,13 +50,20 @@ def arm_row(arm: Arm, runs: Sequence[Measurement], plain: Sequence[Measurement],
     plain = [] if arm.role in BASELINES else plain
     ratios = {"sampler": _ratio(runs, plain, "sampler_seconds"), "total": _ratio(runs, plain, "seconds")}
     row: dict[str, Any] = {
-        "name": arm.name, "label": arm.label, "role": arm.role, "steps": get_steps(arm.workflow),
+        "name": arm.name,
+        "label": arm.label,
+        "role": arm.role,
+        "steps": get_steps(arm.workflow),
         "runs": len(runs),
         "seconds": {"sampler": _json(sampler), "total": _json(total)},
         "ratio": {key: _json(value) for key, value in ratios.items()},
         "verdict": BASELINES.get(arm.role) or verdict_of(ratios["sampler"] or ratios["total"]),
-        "calls": _calls(runs), "ceiling": _ceiling(runs), "quality": _quality(list(scores)),
-        "memory": _memory(traces), "techniques": _techniques(traces), "reasons": _reasons(traces),
+        "calls": _calls(runs),
+        "ceiling": _ceiling(runs),
+        "quality": _quality(list(scores)),
+        "memory": _memory(traces),
+        "techniques": _techniques(traces),
+        "reasons": _reasons(traces),
         "notes": list(dict.fromkeys(note for trace in traces for note in trace.get("notes", []))),
         "traces": (runs[0].traces or []) if runs else [],
         "workflow": arm.workflow,
@@ -70,8 +79,11 @@ def _json(value: Spread | None) -> dict[str, Any] | None:
 def _ratio(runs: Sequence[Measurement], plain: Sequence[Measurement], field: str) -> Spread | None:
     """plain / arm over the rounds that have both."""
     baseline = {run.round: getattr(run, field) for run in plain}
-    pairs = [(baseline[run.round], getattr(run, field)) for run in runs
-             if baseline.get(run.round) is not None and getattr(run, field) is not None]
+    pairs = [
+        (baseline[run.round], getattr(run, field))
+        for run in runs
+        if baseline.get(run.round) is not None and getattr(run, field) is not None
+    ]
     return spread(paired_ratios([first for first, _ in pairs], [second for _, second in pairs]))
 
 
@@ -83,10 +95,14 @@ def _calls(runs: Sequence[Measurement]) -> dict[str, Any] | None:
             counts.update({key: trace["totals"].get(key, 0) for key in ("evaluations", "computed", *SKIPPED)})
     if not counted:
         return None
-    calls: dict[str, Any] = {key: median(counts[key] for counts in counted)
-                             for key in ("evaluations", "computed", *SKIPPED)}
+    calls: dict[str, Any] = {
+        key: median(counts[key] for counts in counted) for key in ("evaluations", "computed", *SKIPPED)
+    }
     calls["skipped"] = median(counts["evaluations"] - counts["computed"] for counts in counted)
-    calls["computed_range"] = [min(counts["computed"] for counts in counted), max(counts["computed"] for counts in counted)]
+    calls["computed_range"] = [
+        min(counts["computed"] for counts in counted),
+        max(counts["computed"] for counts in counted),
+    ]
     return calls
 
 
@@ -108,9 +124,15 @@ def _ceiling(runs: Sequence[Measurement]) -> dict[str, Any] | None:
     if not seconds["computed"] or not (seconds["skipped"] or seconds["mixed"]):
         return None
     whole = median(seconds["computed"])
-    share = {kind: (median(seconds[kind]) / whole if seconds[kind] and whole > 0 else 0.0) for kind in ("skipped", "mixed")}
-    ceilings = [sum(kinds.values()) / (kinds["computed"] + share["skipped"] * kinds["skipped"] + share["mixed"] * kinds["mixed"])
-                for kinds in per_run if kinds["computed"]]
+    share = {
+        kind: (median(seconds[kind]) / whole if seconds[kind] and whole > 0 else 0.0) for kind in ("skipped", "mixed")
+    }
+    ceilings = [
+        sum(kinds.values())
+        / (kinds["computed"] + share["skipped"] * kinds["skipped"] + share["mixed"] * kinds["mixed"])
+        for kinds in per_run
+        if kinds["computed"]
+    ]
     return {"ratio": median(ceilings), "share_of_skipped": share["skipped"]}
 
 
@@ -121,11 +143,15 @@ def _kind(evaluation: Mapping[str, Any]) -> str:
 
 def _quality(scores: Sequence[PictureScores]) -> dict[str, Any]:
     """PSNR and SSIM to the plain arm, and PSNR to the reference with many steps, over all pictures."""
+
     def gather(key: str) -> list[float]:
         return [from_json_number(value) for cell in scores for value in cell.get(key, [])]
 
-    summaries = {"psnr": quality(gather("psnr"), math.inf), "ssim": quality(gather("ssim"), 1.0),
-                 "reference_psnr": quality(gather("reference_psnr"), math.inf)}
+    summaries = {
+        "psnr": quality(gather("psnr"), math.inf),
+        "ssim": quality(gather("ssim"), 1.0),
+        "reference_psnr": quality(gather("reference_psnr"), math.inf),
+    }
     return {key: value.to_json() if value else None for key, value in summaries.items()}
 
 
@@ -134,24 +160,37 @@ def _memory(traces: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     memories = [trace["memory"] for trace in traces if trace.get("memory")]
     if not memories:
         return None
-    return {"kind": memories[0].get("kind", ""), "peak_bytes": max(m.get("peak_bytes", 0) for m in memories),
-            "store_peak_bytes": max(m.get("store_peak_bytes", 0) for m in memories)}
+    return {
+        "kind": memories[0].get("kind", ""),
+        "peak_bytes": max(m.get("peak_bytes", 0) for m in memories),
+        "store_peak_bytes": max(m.get("store_peak_bytes", 0) for m in memories),
+    }
 
 
 def _techniques(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every distinct resolution of a technique and in how many sampler runs it was so."""
-    seen = Counter((entry["technique"], entry["status"], entry.get("reason", ""))
-                   for trace in traces for entry in trace.get("techniques", []))
-    return [{"technique": technique, "status": status, "reason": reason, "runs": count}
-            for (technique, status, reason), count in seen.items()]
+    seen = Counter(
+        (entry["technique"], entry["status"], entry.get("reason", ""))
+        for trace in traces
+        for entry in trace.get("techniques", [])
+    )
+    return [
+        {"technique": technique, "status": status, "reason": reason, "runs": count}
+        for (technique, status, reason), count in seen.items()
+    ]
 
 
 def _reasons(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Why evaluations were computed or skipped, counted over all runs, most frequent first."""
-    seen = Counter((evaluation["decision"], evaluation.get("reason", ""))
-                   for trace in traces for evaluation in trace["evaluations"])
-    return [{"decision": decision, "reason": reason, "evaluations": count}
-            for (decision, reason), count in seen.most_common()]
+    seen = Counter(
+        (evaluation["decision"], evaluation.get("reason", ""))
+        for trace in traces
+        for evaluation in trace["evaluations"]
+    )
+    return [
+        {"decision": decision, "reason": reason, "evaluations": count}
+        for (decision, reason), count in seen.most_common()
+    ]
 
 
 def _repeatability(arm: Arm, runs: Sequence[Measurement]) -> list[str]:
@@ -166,8 +205,9 @@ def _repeatability(arm: Arm, runs: Sequence[Measurement]) -> list[str]:
     return [f"{arm.label}: repeats with one seed gave different pictures for {unstable} of {len(hashes)} prompts."]
 
 
-def score_pictures(folder: Path, files: Sequence[str], plain: Sequence[str] | None,
-                   reference: Sequence[str] | None) -> PictureScores:
+def score_pictures(
+    folder: Path, files: Sequence[str], plain: Sequence[str] | None, reference: Sequence[str] | None
+) -> PictureScores:
     """Scores of the pictures of one arm and cell against the plain arm's and the reference's (files in `folder`).
 
     Pictures that cannot be compared (other size, other count) get no score.
@@ -176,7 +216,9 @@ def score_pictures(folder: Path, files: Sequence[str], plain: Sequence[str] | No
     for key, other in (("plain", plain), ("reference", reference)):
         if other is None or len(other) != len(files):
             continue
-        pairs = [(read_rgb((folder / a).read_bytes()), read_rgb((folder / b).read_bytes())) for a, b in zip(files, other)]
+        pairs = [
+            (read_rgb((folder / a).read_bytes()), read_rgb((folder / b).read_bytes())) for a, b in zip(files, other)
+        ]
         if any(a.shape != b.shape for a, b in pairs):
             continue
         if key == "reference":

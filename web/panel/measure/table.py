@@ -1,4 +1,5 @@
 """The table of a report: its columns and how numbers are written. Page, panel and terminal share it."""
+
 from __future__ import annotations
 
 import math
@@ -26,23 +27,41 @@ def columns(report: dict[str, Any]) -> list[Column]:
     """The columns of this report's table; those about a reference run only where there was one."""
     found = [
         Column("Arm", "what was run", lambda arm: arm["label"]),
-        Column("Sampler, s", "seconds inside the sampler: median [quartiles]", lambda arm: _seconds(arm["seconds"]["sampler"])),
+        Column(
+            "Sampler, s",
+            "seconds inside the sampler: median [quartiles]",
+            lambda arm: _seconds(arm["seconds"]["sampler"]),
+        ),
         Column("Speed", "plain seconds / this arm's, per round: median [95 % interval]", _ratio),
-        Column("Total, s", "seconds of the whole run with text, VAE and picture: median [quartiles]",
-               lambda arm: _seconds(arm["seconds"]["total"])),
+        Column("Verdict", "from the 95 % interval of the speed", lambda arm: arm["verdict"]),
+        Column(
+            "Total, s",
+            "seconds of the whole run with text, VAE and picture: median [quartiles]",
+            lambda arm: _seconds(arm["seconds"]["total"]),
+        ),
         Column("Model calls", "model evaluations computed + skipped, median of the runs", _calls),
-        Column("Ceiling", "best speed this many skipped evaluations allow: evaluations / (computed + share × skipped)", _ceiling),
+        Column(
+            "Ceiling",
+            "best speed this many skipped evaluations allow: evaluations / (computed + share × skipped)",
+            _ceiling,
+        ),
         Column("PSNR to plain", "mean / worst picture", lambda arm: _quality(arm["quality"]["psnr"], format_decibel)),
-        Column("SSIM to plain", "mean / worst picture", lambda arm: _quality(arm["quality"]["ssim"], lambda v: f"{v:.3f}")),
+        Column(
+            "SSIM to plain", "mean / worst picture", lambda arm: _quality(arm["quality"]["ssim"], lambda v: f"{v:.3f}")
+        ),
     ]
     steps = report["settings"]["reference_steps"]
     if steps:
-        found.append(Column(f"PSNR to {steps} steps", f"mean / worst picture against the plain workflow with {steps} steps",
-                            lambda arm: _quality(arm["quality"]["reference_psnr"], format_decibel)))
+        found.append(
+            Column(
+                f"PSNR to {steps} steps",
+                f"mean / worst picture against the plain workflow with {steps} steps",
+                lambda arm: _quality(arm["quality"]["reference_psnr"], format_decibel),
+            )
+        )
     found += [
         Column("Peak memory", "highest over all runs", _peak),
         Column("Store", "highest number of bytes kept to skip evaluations", _store),
-        Column("Verdict", "from the 95 % interval of the speed", lambda arm: arm["verdict"]),
     ]
     return found
 
@@ -51,7 +70,9 @@ def _seconds(spread: dict[str, Any] | None) -> str:
     if spread is None:
         return NOTHING
     middle = format_seconds(spread["median"])
-    return middle if spread["count"] == 1 else f"{middle} [{format_seconds(spread['q1'])}, {format_seconds(spread['q3'])}]"
+    return (
+        middle if spread["count"] == 1 else f"{middle} [{format_seconds(spread['q1'])}, {format_seconds(spread['q3'])}]"
+    )
 
 
 def _ratio(arm: ArmRow) -> str:

@@ -1,4 +1,5 @@
 """The step timeline as SVG: which model evaluations were computed, forecast or reused, per arm and branch."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -34,9 +35,12 @@ def timeline_svg(named_traces: Sequence[tuple[str, Trace]]) -> str:
     parts += _axis(named_traces[0][1], top)
     height = top + AXIS
     label = escape(f"Step timeline of {', '.join(name for name, _ in named_traces)}")
-    return (f'<svg class="timeline" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" '
-            f'aria-label="{label}" font-family="system-ui, sans-serif" font-size="13" fill="currentColor">'
-            + "".join(parts) + "</svg>")
+    return (
+        f'<svg class="timeline" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" '
+        f'aria-label="{label}" font-family="system-ui, sans-serif" font-size="13" fill="currentColor">'
+        + "".join(parts)
+        + "</svg>"
+    )
 
 
 def _legend() -> str:
@@ -44,8 +48,10 @@ def _legend() -> str:
     items, left = [], LEFT
     for name, (colour, share) in DECISIONS.items():
         height = 14 * share
-        items.append(f'<rect x="{left}" y="{18 - height:.1f}" width="14" height="{height:.1f}" rx="2" fill="{colour}"/>'
-                     f'<text x="{left + 20}" y="17">{name}</text>')
+        items.append(
+            f'<rect x="{left}" y="{18 - height:.1f}" width="14" height="{height:.1f}" rx="2" fill="{colour}"/>'
+            f'<text x="{left + 20}" y="17">{name}</text>'
+        )
         left += 104
     return "<g>" + "".join(items) + "</g>"
 
@@ -53,12 +59,16 @@ def _legend() -> str:
 def _arm(name: str, trace: Trace, top: float) -> tuple[list[str], float]:
     """Heading and rows of one trace; returns the drawing and the next free y."""
     evaluations = trace.get("evaluations", [])
-    parts = [f'<text x="{LEFT}" y="{top + 17}" font-weight="600">{escape(name)}</text>',
-             f'<text x="{WIDTH - RIGHT}" y="{top + 17}" text-anchor="end" opacity="0.75">{escape(_caption(trace))}</text>']
+    parts = [
+        f'<text x="{LEFT}" y="{top + 17}" font-weight="600">{escape(name)}</text>',
+        f'<text x="{WIDTH - RIGHT}" y="{top + 17}" text-anchor="end" opacity="0.75">{escape(_caption(trace))}</text>',
+    ]
     top += HEADING
     for branch in branches_of(trace) or [""]:
-        parts.append(f'<text x="{LEFT - 8}" y="{top + 14}" text-anchor="end" font-size="12" opacity="0.75">'
-                     f'{escape(branch)}</text>')
+        parts.append(
+            f'<text x="{LEFT - 8}" y="{top + 14}" text-anchor="end" font-size="12" opacity="0.75">'
+            f"{escape(branch)}</text>"
+        )
         cell = (WIDTH - LEFT - RIGHT) / max(len(evaluations), 1)
         for place, evaluation in enumerate(evaluations):
             decision = decision_of(evaluation, branch)
@@ -90,11 +100,15 @@ def _cell(evaluation: dict[str, Any], branch: str, decision: str, left: float, t
     height = (ROW - 4) * share
     inset = min(1.0, width * 0.1)
     took = f", {1000 * evaluation['seconds']:.1f} ms" if evaluation.get("seconds") is not None else ""
-    title = (f"evaluation {evaluation.get('index', 0) + 1}{', ' + branch if branch else ''}: {decision}"
-             f"{' (' + evaluation['reason'] + ')' if evaluation.get('reason') else ''}, "
-             f"σ {evaluation.get('sigma', 0):.3g}{took}")
-    return (f'<rect x="{left + inset:.2f}" y="{top + ROW - 4 - height:.2f}" width="{max(width - 2 * inset, 0.5):.2f}" '
-            f'height="{height:.2f}" rx="1.5" fill="{colour}"><title>{escape(title)}</title></rect>')
+    title = (
+        f"evaluation {evaluation.get('index', 0) + 1}{', ' + branch if branch else ''}: {decision}"
+        f"{' (' + evaluation['reason'] + ')' if evaluation.get('reason') else ''}, "
+        f"σ {evaluation.get('sigma', 0):.3g}{took}"
+    )
+    return (
+        f'<rect x="{left + inset:.2f}" y="{top + ROW - 4 - height:.2f}" width="{max(width - 2 * inset, 0.5):.2f}" '
+        f'height="{height:.2f}" rx="1.5" fill="{colour}"><title>{escape(title)}</title></rect>'
+    )
 
 
 def _caption(trace: Trace) -> str:
@@ -113,11 +127,15 @@ def _axis(trace: Trace, top: float) -> list[str]:
         share = tick / (TICKS - 1)
         x = LEFT + span * share
         anchor = "start" if tick == 0 else "end" if tick == TICKS - 1 else "middle"
-        parts.append(f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{top + 5}" stroke="currentColor" opacity="0.5"/>'
-                     f'<text x="{x:.1f}" y="{top + 19}" text-anchor="{anchor}" font-size="12">'
-                     f'{_sigma_at(sigmas, share):.3g}</text>')
-    parts.append(f'<text x="{LEFT + span / 2}" y="{top + 38}" text-anchor="middle" font-size="12" opacity="0.75">'
-                 'σ, the noise level: sampling runs from left to right</text>')
+        parts.append(
+            f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{top + 5}" stroke="currentColor" opacity="0.5"/>'
+            f'<text x="{x:.1f}" y="{top + 19}" text-anchor="{anchor}" font-size="12">'
+            f"{_sigma_at(sigmas, share):.3g}</text>"
+        )
+    parts.append(
+        f'<text x="{LEFT + span / 2}" y="{top + 38}" text-anchor="middle" font-size="12" opacity="0.75">'
+        "σ, the noise level: sampling runs from left to right</text>"
+    )
     return parts
 
 
