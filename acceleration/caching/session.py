@@ -160,6 +160,8 @@ class CacheSession:
         return denoised
 
     def _push_all(self, call: Call, tensor: torch.Tensor) -> None:
+        if not call.skippable:
+            return  # such a call will never read it
         for index, branch in enumerate(call.branches):
             self.store.push(branch.key, call.evaluation.position, call.part(tensor, index))
 
