@@ -16,7 +16,8 @@ class TraceStore:
     def add(self, prompt_id: str | None, node: str | None, trace: dict[str, Any]) -> dict[str, Any]:
         """Keep ``trace``; its prompt id, sampler node and ordinal are filled in. Returns the stored document."""
         with self._lock:
-            ordinal = sum(key[:2] == (prompt_id, node) for key in self._traces)
+            kept = (key[2] for key in self._traces if key[:2] == (prompt_id, node))
+            ordinal = max(kept, default=-1) + 1
             trace = {**trace, "prompt_id": prompt_id, "sampler_node": node, "ordinal": ordinal}
             self._traces[(prompt_id, node, ordinal)] = trace
             while len(self._traces) > self.limit:

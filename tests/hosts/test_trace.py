@@ -87,3 +87,11 @@ def test_store_is_bounded_and_keyed():
     store.add("q", "5", {"new": True})
     assert len(store.of_prompt("p")) == 2 and len(store.of_prompt("q")) == 1
     assert store.of_node("5")[-1]["new"] and [t["ordinal"] for t in store.of_node("5", "p")] == [1]
+
+
+def test_an_evicted_ordinal_never_overwrites_a_kept_trace():
+    store = TraceStore(limit=2)
+    for value in range(4):
+        store.add("p", "5", {"value": value})
+    assert [trace["value"] for trace in store.of_node("5")] == [2, 3]
+    assert [trace["ordinal"] for trace in store.of_node("5")] == [2, 3]
