@@ -89,11 +89,15 @@ def losses(model: nn.Module, x: torch.Tensor, noise: float) -> dict[str, torch.T
 
 
 def train(emoji: Emoji, checkpoint: Path, budget: Budget, device: str, emit: Callable[[str], None], *, lr: float = 1e-3,
-          batch: int = 8, muon: bool = True, resume: bool = False, save_every_s: float = 240.0, seed: int = 0) -> None:
-    """Train from scratch (or resume) until the budget is spent; checkpoints hold weights, averages and optimizer."""
+          batch: int = 8, muon: bool = True, resume: bool = False, start: nn.Module | None = None, save_every_s: float = 240.0,
+          seed: int = 0) -> None:
+    """Train from scratch, from `start` or from the checkpoint until the budget is spent.
+
+    Checkpoints hold weights, averages and optimizer.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = build(seed).to(device, memory_format=torch.channels_last)
+    model = (start or build(seed)).train().to(device, memory_format=torch.channels_last)
     average = Average(model, 0.998)
     optimizers = Optimizers(((n, p) for n, p in model.named_parameters() if p.requires_grad), lr,
                             lambda n, p: muon and p.ndim == 4 and min(p.shape[0], p[0].numel()) >= 32)
@@ -126,6 +130,18 @@ def load_average(checkpoint: Path) -> nn.Module:
     model = build()
     model.load_state_dict(state["averages"]["vae"])
     return model.eval()
+
+
+def load_exported(path: Path) -> tuple[nn.Module, float, float]:
+    """An exported file as a float32 module, with the mean and spread of its latents (the inverse of `export`)."""
+    from safetensors.torch import load_file
+
+    state = {k: v.float() for k, v in load_file(str(path)).items()}
+    std = float(state["vae_scale"]) / SD3_SCALE
+    mean = (SD3_SHIFT - float(state["vae_shift"])) * SD3_SCALE * std
+    model = build()
+    model.load_state_dict(state)
+    return model.eval(), mean, std
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ class Pipeline:
         self.model = comfy.sd.load_diffusion_model(str(folder / names["transformer"]))
         self.vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(folder / names["vae"])))
         self.text = TextEncoder.load(folder / names["text"])
+        self.files = {kind: folder / name for kind, name in names.items()}
 
     def conditioning(self, prompts: list[str]) -> list:
         """Prompts -> ComfyUI CONDITIONING with one batch entry per prompt."""
@@ -98,13 +99,14 @@ def flow_losses(pipeline: Pipeline, cache: Path, size: int) -> dict[str, float]:
     emoji = prepare(cache, size)
     held = np.flatnonzero(emoji.held_out)
     known = np.random.default_rng(0).choice(np.flatnonzero(~emoji.held_out), len(held), replace=False)
-    model = pipeline.model.model.diffusion_model
+    # A float32 copy on the CPU: the one that ComfyUI holds may be half precision and on another device.
+    model, text = transformer.load_exported(pipeline.files["transformer"], pipeline.files["text"])
     result = {}
     for label, rows in (("held-out", held), ("training", known)):
         images = torch.from_numpy(composite(emoji.pixels[rows], np.array(BACKGROUNDS["white"])))
         x = pipeline.model.model.process_latent_in(pipeline.vae.encode(images))
         captions = [f"{emoji.style[i]} {emoji.name[i]}" for i in rows]
-        result[label] = transformer.evaluate(model, pipeline.text, x, captions)
+        result[label] = transformer.evaluate(model, text, x.float().cpu(), captions)
     return result
 
 

@@ -7,7 +7,8 @@
     python demo/train.py export        write demo/models/*/*.safetensors (also while a training runs)
     python demo/train.py samples       draw samples.jpg, vae_roundtrip.jpg and loss.png through ComfyUI's own sampler
 
-`--resume` continues a training from its checkpoint; `transformer --warm-start` continues from the committed weights.
+`--resume` continues a training from its checkpoint; `--warm-start` begins at the committed weights (for `vae` and
+`transformer`), or encodes with the committed autoencoder (for `latents`).
 """
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="torch threads on the CPU")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the cache")
-    parser.add_argument("--warm-start", action="store_true", help="begin at the committed weights instead of at random ones")
+    parser.add_argument("--warm-start", action="store_true", help="begin at, or encode with, the committed weights")
     parser.add_argument("--only", choices=sorted(MODELS), nargs="*", help="export: only these files")
     parser.add_argument("--untrained", action="store_true", help="export: random weights where no checkpoint exists")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "demo", help="renders, latents, checkpoints")
@@ -87,7 +88,9 @@ def run_vae(args: argparse.Namespace) -> None:
     data, autoencoder = load_part("data"), load_part("autoencoder")
     emoji = data.prepare(args.cache, args.size)
     checkpoint = args.cache / f"vae_{args.size}.pt"
-    autoencoder.train(emoji, checkpoint, budget_of(args), args.device, emit, lr=args.lr, batch=args.batch or 8, resume=args.resume)
+    start = autoencoder.load_exported(args.models / MODELS["vae"])[0] if args.warm_start else None
+    autoencoder.train(emoji, checkpoint, budget_of(args), args.device, emit, lr=args.lr, batch=args.batch or 8,
+                      resume=args.resume, start=start)
     for label, rows in (("held-out", np.flatnonzero(emoji.held_out)), ("training", np.flatnonzero(~emoji.held_out)[::25])):
         images = data.composite(emoji.pixels[rows], np.array(data.BACKGROUNDS["white"]))
         values = autoencoder.psnr(images, autoencoder.round_trip(autoencoder.load_average(checkpoint), images))
@@ -98,9 +101,13 @@ def run_latents(args: argparse.Namespace) -> None:
     """Encode the training pictures on every background."""
     data, autoencoder, transformer = load_part("data"), load_part("autoencoder"), load_part("transformer")
     emoji = data.prepare(args.cache, args.size)
-    vae = autoencoder.load_average(args.cache / f"vae_{args.size}.pt")
+    statistics = None
+    if args.warm_start:
+        vae, *statistics = autoencoder.load_exported(args.models / MODELS["vae"])
+    else:
+        vae = autoencoder.load_average(args.cache / f"vae_{args.size}.pt")
     path = args.cache / f"latents_{args.size}.pt"
-    transformer.prepare_latents(emoji, vae, path, args.device, autoencoder.encode_images)
+    transformer.prepare_latents(emoji, vae, path, args.device, autoencoder.encode_images, statistics)
     latents = transformer.load_latents(path)
     emit(f"latents {list(latents.values.shape)}, raw mean {latents.mean:.4f}, raw std {latents.std:.4f}")
 
@@ -127,8 +134,10 @@ def run_export(args: argparse.Namespace) -> None:
     latents_path = args.cache / f"latents_{args.size}.pt"
     for name in MODELS.values():
         (args.models / name).parent.mkdir(parents=True, exist_ok=True)
-    if "vae" in wanted:
-        vae = autoencoder.build() if args.untrained and not vae_checkpoint.exists() else autoencoder.load_average(vae_checkpoint)
+    if "vae" in wanted and not (vae_checkpoint.exists() or args.untrained):
+        emit("no checkpoint of an autoencoder: its file stays as it is")
+    elif "vae" in wanted:
+        vae = autoencoder.load_average(vae_checkpoint) if vae_checkpoint.exists() else autoencoder.build()
         mean, std = 0.0, 1.0
         if latents_path.exists():
             latents = transformer.load_latents(latents_path)

@@ -177,7 +177,7 @@ class Progress:
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         """Collect the step's values; print a line when `every_s` seconds have gone by."""
-        row = torch.stack([v.detach().float() for v in values.values()])
+        row = torch.stack([v.detach().float().cpu() for v in values.values()])
         self._sums = row if self._sums is None else self._sums + row
         self._count += 1
         now = time.monotonic()

@@ -88,8 +88,10 @@ class Latents:
 
 
 def prepare_latents(emoji: Emoji, vae: nn.Module, path: Path, device: str,
-                    encode: Callable[[nn.Module, np.ndarray, str], torch.Tensor], coloured: int = 2, seed: int = 0) -> None:
-    """Encode the training rows on white and on `coloured` other grounds each; normalise by the white ones and cache.
+                    encode: Callable[[nn.Module, np.ndarray, str], torch.Tensor], statistics: tuple[float, float] | None = None, coloured: int = 2, seed: int = 0) -> None:
+    """Encode the training rows on white and on `coloured` other grounds each, normalise and cache.
+
+    `statistics` are the mean and spread that an exported autoencoder carries; by default those of the white pictures.
 
     Which colours a row gets is drawn at random: the ground is a compositional word, so few examples per row suffice.
     """
@@ -99,7 +101,7 @@ def prepare_latents(emoji: Emoji, vae: nn.Module, path: Path, device: str,
     drawn = np.stack([rng.permutation(len(colours) - 1)[:coloured] + 1 for _ in rows], axis=1)
     grounds = np.concatenate([np.zeros((1, len(rows)), np.int64), drawn])
     raw = torch.stack([encode(vae, composite(emoji.pixels[rows], colours[ground]), device) for ground in grounds])
-    mean, std = float(raw[0].mean()), float(raw[0].std())
+    mean, std = statistics or (float(raw[0].mean()), float(raw[0].std()))
     state = {"values": ((raw - mean) / std).half(), "grounds": torch.from_numpy(grounds), "mean": mean, "std": std,
              "names": [emoji.name[i] for i in rows], "styles": [emoji.style[i] for i in rows]}
     write_atomically(path, lambda p: torch.save(state, p))

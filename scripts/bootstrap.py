@@ -8,11 +8,6 @@
 
 import argparse
 import sys
-
-# Before any other import: older interpreters stop here with a sentence, not with a syntax error further on.
-if sys.version_info < (3, 10):
-    sys.exit("Stretto needs Python 3.10 or newer, and this is %d.%d." % sys.version_info[:2])
-
 from pathlib import Path
 
 from launch.console import SetupError

@@ -36,7 +36,7 @@ from stretto.web.panel.measure.workflow import ui_to_api  # noqa: E402
 PROMPTS = ("fluent red apple", "noto cat face", "flat blue heart", "fluent sun with face")
 SIDE, PICTURE, GAP = 480, 216, 8
 BACKGROUND = (27, 27, 31)
-COLOURS = {"computed": (0, 114, 178), "forecast": (230, 159, 0), "reused": (240, 228, 66), "mixed": (204, 121, 167)}
+COLOURS = {"computed": (0, 114, 178), "forecast": (230, 159, 0), "reused": (0, 158, 115), "mixed": (204, 121, 167)}
 
 
 @contextmanager

@@ -72,7 +72,8 @@ def run(suite: Suite) -> tuple[bool, str]:
     for line in process.stdout:
         sys.stdout.write(line)
         sys.stdout.flush()
-        last = line.strip(" =\n") or last
+        if not line.startswith("[*]"):  # ruff's hint after its summary
+            last = line.strip(" =\n") or last
     status = process.wait()
     return status == 0, last if status != NOTHING_COLLECTED else "no tests were found"
 

@@ -21,7 +21,7 @@ HAS_PICTURE = "(type) => (window.app.graph.nodes.find(node => node.type === type
 REPORT_TEXT = """
 () => {
     const node = window.app.graph.nodes.find(node => node.type === 'StrettoReport');
-    const texts = (node?.widgets || []).map(widget => widget.element?.innerText || widget.element?.value || widget.value);
+    const texts = (node?.widgets || []).map(widget => widget.element?.textContent || widget.element?.value || widget.value);
     return texts.filter(text => typeof text === 'string' && text.trim()).join('\\n');
 }
 """
