@@ -2,6 +2,7 @@
 
 Architecture: `comfy/taesd/taesd.py`, after github.com/madebyollin/taesd (MIT). Only the architecture is used, no weights.
 """
+
 from __future__ import annotations
 
 import math
@@ -60,7 +61,7 @@ def sample_batch(emoji: Emoji, rows: np.ndarray, batch: int, crop: int, rng: np.
     for i, image in enumerate(images):
         # A shift by a few pixels changes how edges fall on the 8-pixel latent grid.
         y, x = rng.integers(0, size - crop + 1, 2) if crop < size else (0, 0)
-        piece = image[y:y + crop, x:x + crop]
+        piece = image[y : y + crop, x : x + crop]
         if crop == size:
             piece = np.roll(piece, tuple(rng.integers(-3, 4, 2)), (0, 1))
         out[i] = piece[:, ::-1] if rng.random() < 0.5 else piece
@@ -88,9 +89,21 @@ def losses(model: nn.Module, x: torch.Tensor, noise: float) -> dict[str, torch.T
     return {"loss": total, "mse": mse, "colour": colour, "spread": spread}
 
 
-def train(emoji: Emoji, checkpoint: Path, budget: Budget, device: str, emit: Callable[[str], None], *, lr: float = 1e-3,
-          batch: int = 8, muon: bool = True, resume: bool = False, start: nn.Module | None = None, save_every_s: float = 240.0,
-          seed: int = 0) -> None:
+def train(
+    emoji: Emoji,
+    checkpoint: Path,
+    budget: Budget,
+    device: str,
+    emit: Callable[[str], None],
+    *,
+    lr: float = 1e-3,
+    batch: int = 8,
+    muon: bool = True,
+    resume: bool = False,
+    start: nn.Module | None = None,
+    save_every_s: float = 240.0,
+    seed: int = 0,
+) -> None:
     """Train from scratch, from `start` or from the checkpoint until the budget is spent.
 
     Checkpoints hold weights, averages and optimizer.
@@ -99,8 +112,11 @@ def train(emoji: Emoji, checkpoint: Path, budget: Budget, device: str, emit: Cal
     rng = np.random.default_rng(seed)
     model = (start or build(seed)).train().to(device, memory_format=torch.channels_last)
     average = Average(model, 0.998)
-    optimizers = Optimizers(((n, p) for n, p in model.named_parameters() if p.requires_grad), lr,
-                            lambda n, p: muon and p.ndim == 4 and min(p.shape[0], p[0].numel()) >= 32)
+    optimizers = Optimizers(
+        ((n, p) for n, p in model.named_parameters() if p.requires_grad),
+        lr,
+        lambda n, p: muon and p.ndim == 4 and min(p.shape[0], p[0].numel()) >= 32,
+    )
     progress = Progress(budget, batch, emit)
     if resume:
         progress.history = load_checkpoint(checkpoint, {"vae": model}, {"vae": average}, optimizers, budget)
@@ -150,7 +166,11 @@ def encode_images(model: nn.Module, images: np.ndarray, device: str = "cpu", bat
     out = []
     model = model.to(device, memory_format=torch.channels_last)
     for start in range(0, len(images), batch):
-        x = torch.from_numpy(images[start:start + batch]).permute(0, 3, 1, 2).to(device, memory_format=torch.channels_last)
+        x = (
+            torch.from_numpy(images[start : start + batch])
+            .permute(0, 3, 1, 2)
+            .to(device, memory_format=torch.channels_last)
+        )
         with torch.autocast(device, torch.bfloat16):
             out.append(model.taesd_encoder(x).float().cpu())
     return torch.cat(out)
@@ -161,7 +181,7 @@ def round_trip(model: nn.Module, images: np.ndarray, batch: int = 32) -> np.ndar
     """RGB float32 [N, H, W, 3] in 0..1 -> the same after encoding and decoding, clamped to 0..1, in float32."""
     out = []
     for start in range(0, len(images), batch):
-        x = torch.from_numpy(images[start:start + batch]).permute(0, 3, 1, 2)
+        x = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2)
         y = model.taesd_decoder(model.taesd_encoder(x)).clamp(0, 1)
         out.append(y.permute(0, 2, 3, 1).numpy())
     return np.concatenate(out)

@@ -1,4 +1,5 @@
 """Start ComfyUI's library code without its server, so that training uses the very module classes that inference uses."""
+
 from __future__ import annotations
 
 import sys

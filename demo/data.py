@@ -4,6 +4,7 @@ Sources (licences in LICENSES.md): npm `@iconify-json/fluent-emoji` 1.2.7, `@ico
 `@iconify-json/noto` 1.2.9. A name denotes the same code points in all three sets, so the split is made by name: a
 held-out name is never seen in training, in no style, neither by the autoencoder nor by the transformer.
 """
+
 from __future__ import annotations
 
 import io
@@ -36,8 +37,13 @@ SPLIT_SEED = 20261121
 HELD_OUT = 64
 # How many held-out names each category gives; picturesque subjects come before signs and arrows.
 HELD_OUT_SHARE = {
-    "Smileys & Emotion": 18, "Animals & Nature": 12, "Food & Drink": 8, "Travel & Places": 8,
-    "Objects": 10, "People & Body": 5, "Activities": 3,
+    "Smileys & Emotion": 18,
+    "Animals & Nature": 12,
+    "Food & Drink": 8,
+    "Travel & Places": 8,
+    "Objects": 10,
+    "People & Body": 5,
+    "Activities": 3,
 }
 SKIN_TONE = re.compile(r"-(light|medium-light|medium|medium-dark|dark)(-skin-tone)?$")
 
@@ -63,8 +69,9 @@ def fetch_packages(folder: Path) -> None:
         target = folder / package
         if (target / "icons.json").exists():
             continue
-        subprocess.run(["npm", "pack", f"@iconify-json/{package}@{version}"], cwd=folder, check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["npm", "pack", f"@iconify-json/{package}@{version}"], cwd=folder, check=True, stdout=subprocess.DEVNULL
+        )
         target.mkdir(exist_ok=True)
         with tarfile.open(folder / f"iconify-json-{package}-{version}.tgz") as archive:
             for member in ("icons.json", "metadata.json"):
@@ -83,7 +90,9 @@ def shared_names(folder: Path) -> list[str]:
     sets = [set(read_json(folder / package / "icons.json")["icons"]) for package, _ in PACKAGES.values()]
     names = set.intersection(*sets)
     everything = set.union(*sets)
-    return sorted(n for n in names if "skin-tone" not in n and not (SKIN_TONE.search(n) and SKIN_TONE.sub("", n) in everything))
+    return sorted(
+        n for n in names if "skin-tone" not in n and not (SKIN_TONE.search(n) and SKIN_TONE.sub("", n) in everything)
+    )
 
 
 def words_of(name: str) -> str:
@@ -122,8 +131,10 @@ def render_svg(body: str, box: tuple[float, float], size: int) -> np.ndarray:
     import resvg_py
     from PIL import Image
 
-    svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-           f'width="{size}" height="{size}" viewBox="0 0 {box[0]} {box[1]}">{body}</svg>')
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'width="{size}" height="{size}" viewBox="0 0 {box[0]} {box[1]}">{body}</svg>'
+    )
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA").resize((size, size)), dtype=np.uint8)
 
@@ -140,15 +151,20 @@ def prepare(cache: Path, size: int) -> Emoji:
         pixels, styles = [], []
         for style, (package, _) in PACKAGES.items():
             icons = read_json(folder / package / "icons.json")
-            default = (icons.get("width", 16), icons.get("height", 16))
-            jobs = [icons["icons"][name] for name in names]
+            default = {"width": icons.get("width", 16), "height": icons.get("height", 16)}
+            jobs = [{**default, **icons["icons"][name]} for name in names]
             with ThreadPoolExecutor(2) as pool:
-                pixels += list(pool.map(lambda icon: render_svg(
-                    icon["body"], (icon.get("width", default[0]), icon.get("height", default[1])), size), jobs))
+                drawn = pool.map(lambda icon: render_svg(icon["body"], (icon["width"], icon["height"]), size), jobs)
+                pixels += list(drawn)
             styles += [style] * len(names)
         rows = names * len(PACKAGES)
-        np.savez(path, pixels=np.stack(pixels), style=styles, name=[words_of(n) for n in rows],
-                 held_out=np.array([n in held for n in rows]))
+        np.savez(
+            path,
+            pixels=np.stack(pixels),
+            style=styles,
+            name=[words_of(n) for n in rows],
+            held_out=np.array([n in held for n in rows]),
+        )
     file = np.load(path)
     return Emoji(file["pixels"], file["style"].tolist(), file["name"].tolist(), file["held_out"])
 

@@ -1,4 +1,5 @@
 """Sheets to look at, drawn from the exported files through ComfyUI's own loaders and sampler."""
+
 from __future__ import annotations
 
 import argparse
@@ -34,14 +35,27 @@ class Pipeline:
         return [[states, {"pooled_output": pooled}]]
 
     @torch.inference_mode()
-    def sample(self, prompts: list[str], size: int, steps: int = STEPS, cfg: float = CFG, seed: int = SEED) -> np.ndarray:
+    def sample(
+        self, prompts: list[str], size: int, steps: int = STEPS, cfg: float = CFG, seed: int = SEED
+    ) -> np.ndarray:
         """Euler sampling with the model's own schedule: RGB float32 [N, size, size, 3] in 0..1."""
         import comfy.sample
 
         empty = torch.zeros(len(prompts), autoencoder.CHANNELS, size // 8, size // 8)
         noise = comfy.sample.prepare_noise(empty, seed)
-        latents = comfy.sample.sample(self.model, noise, steps, cfg, "euler", "simple", self.conditioning(prompts),
-                                      self.conditioning([""] * len(prompts)), empty, disable_pbar=True, seed=seed)
+        latents = comfy.sample.sample(
+            self.model,
+            noise,
+            steps,
+            cfg,
+            "euler",
+            "simple",
+            self.conditioning(prompts),
+            self.conditioning([""] * len(prompts)),
+            empty,
+            disable_pbar=True,
+            seed=seed,
+        )
         return self.vae.decode(latents).float().numpy()
 
 
@@ -69,7 +83,9 @@ def wrap(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, max(width, 8)) or [""]
 
 
-def draw_samples(pipeline: Pipeline, prompts: list[str], size: int, path: Path, scale: int = 2, columns: int = 6) -> None:
+def draw_samples(
+    pipeline: Pipeline, prompts: list[str], size: int, path: Path, scale: int = 2, columns: int = 6
+) -> None:
     """Sample `prompts` and save the sheet."""
     sheet(pipeline.sample(prompts, size), prompts, columns, scale).save(path, quality=90)
 
@@ -80,8 +96,12 @@ def draw_round_trip(pipeline: Pipeline, cache: Path, size: int, path: Path, colu
     emoji = prepare(cache, size)
     rows = np.flatnonzero(emoji.held_out)
     images = composite(emoji.pixels[rows], np.array(BACKGROUNDS["white"]))
-    back = np.concatenate([pipeline.vae.decode(pipeline.vae.encode(torch.from_numpy(images[i:i + 16]))).float().numpy()
-                           for i in range(0, len(images), 16)])
+    back = np.concatenate(
+        [
+            pipeline.vae.decode(pipeline.vae.encode(torch.from_numpy(images[i : i + 16]))).float().numpy()
+            for i in range(0, len(images), 16)
+        ]
+    )
     values = autoencoder.psnr(images, back)
     shown = np.linspace(0, len(rows) - 1, 2 * columns).astype(int)
     captions = [f"{emoji.style[rows[i]]} {emoji.name[rows[i]]}" for i in shown]
@@ -118,7 +138,10 @@ def draw_loss(cache: Path, size: int, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
-    for axis, name, column, label in ((axes[0], "vae", 3, "autoencoder: MSE"), (axes[1], "transformer", 2, "transformer: flow loss")):
+    for axis, name, column, label in (
+        (axes[0], "vae", 3, "autoencoder: MSE"),
+        (axes[1], "transformer", 2, "transformer: flow loss"),
+    ):
         file = cache / f"{name}_{size}.pt"
         if not file.exists():
             continue

@@ -3,6 +3,7 @@
 A word-level transformer, trained together with the image model, whose vocabulary travels in the file's metadata. It
 knows the words of its training captions and nothing else; a word it does not know is reported and read as <unk>.
 """
+
 from __future__ import annotations
 
 import json
@@ -75,7 +76,7 @@ class TextEncoder(nn.Module):
         unknown: dict[str, None] = {}
         for row, prompt in enumerate(prompts):
             ids[row, 0] = self.index[START]
-            for column, word in enumerate(split_words(prompt)[:TOKENS - 1], start=1):
+            for column, word in enumerate(split_words(prompt)[: TOKENS - 1], start=1):
                 ids[row, column] = self.index.get(word, self.index[UNKNOWN])
                 if word not in self.index:
                     unknown[word] = None
@@ -92,7 +93,7 @@ class TextEncoder(nn.Module):
         return states, pooled, unknown
 
     @classmethod
-    def load(cls, path: str | Path) -> "TextEncoder":
+    def load(cls, path: str | Path) -> TextEncoder:
         """Read a file written by `save`; raises ValueError when it is another kind of file."""
         from safetensors import safe_open
 

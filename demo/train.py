@@ -10,6 +10,7 @@
 `--resume` continues a training from its checkpoint; `--warm-start` begins at the committed weights (for `vae` and
 `transformer`), or encodes with the committed autoencoder (for `latents`).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,9 +23,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 # Folders named as ComfyUI names them: the pack offers each to the loader of that kind.
-MODELS = {"vae": "vae/stretto-demo-image-vae.safetensors",
-          "transformer": "diffusion_models/stretto-demo-image.safetensors",
-          "text": "text_encoders/stretto-demo-text.safetensors"}
+MODELS = {
+    "vae": "vae/stretto-demo-image-vae.safetensors",
+    "transformer": "diffusion_models/stretto-demo-image.safetensors",
+    "text": "text_encoders/stretto-demo-text.safetensors",
+}
 
 
 def load_part(name: str) -> types.ModuleType:
@@ -49,7 +52,12 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["data", "vae", "latents", "transformer", "export", "samples"])
-    parser.add_argument("--size", type=int, default=64, help="picture side in pixels, a multiple of 16 (64 on a CPU, 128 or 256 on a GPU)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=64,
+        help="picture side in pixels, a multiple of 16 (64 on a CPU, 128 or 256 on a GPU)",
+    )
     parser.add_argument("--minutes", type=float, help="training time; 45 when neither this nor --steps is given")
     parser.add_argument("--steps", type=int, help="training steps, instead of --minutes")
     parser.add_argument("--batch", type=int, help="batch size (default 8 for vae, 128 for transformer)")
@@ -89,12 +97,26 @@ def run_vae(args: argparse.Namespace) -> None:
     emoji = data.prepare(args.cache, args.size)
     checkpoint = args.cache / f"vae_{args.size}.pt"
     start = autoencoder.load_exported(args.models / MODELS["vae"])[0] if args.warm_start else None
-    autoencoder.train(emoji, checkpoint, budget_of(args), args.device, emit, lr=args.lr, batch=args.batch or 8,
-                      resume=args.resume, start=start)
-    for label, rows in (("held-out", np.flatnonzero(emoji.held_out)), ("training", np.flatnonzero(~emoji.held_out)[::25])):
+    autoencoder.train(
+        emoji,
+        checkpoint,
+        budget_of(args),
+        args.device,
+        emit,
+        lr=args.lr,
+        batch=args.batch or 8,
+        resume=args.resume,
+        start=start,
+    )
+    for label, rows in (
+        ("held-out", np.flatnonzero(emoji.held_out)),
+        ("training", np.flatnonzero(~emoji.held_out)[::25]),
+    ):
         images = data.composite(emoji.pixels[rows], np.array(data.BACKGROUNDS["white"]))
         values = autoencoder.psnr(images, autoencoder.round_trip(autoencoder.load_average(checkpoint), images))
-        emit(f"round trip, {label}: mean {values.mean():.2f} dB, worst {values.min():.2f} dB over {len(values)} pictures")
+        emit(
+            f"round trip, {label}: mean {values.mean():.2f} dB, worst {values.min():.2f} dB over {len(values)} pictures"
+        )
 
 
 def run_latents(args: argparse.Namespace) -> None:
@@ -120,16 +142,29 @@ def run_transformer(args: argparse.Namespace) -> None:
     if args.warm_start:
         start = transformer.load_exported(args.models / MODELS["transformer"], args.models / MODELS["text"])
         vocabulary = start[1].vocabulary
-    transformer.train(transformer.load_latents(args.cache / f"latents_{args.size}.pt"), vocabulary,
-                      args.cache / f"transformer_{args.size}.pt", budget_of(args), args.device, emit, lr=args.lr,
-                      batch=args.batch or 128, resume=args.resume, start=start)
+    transformer.train(
+        transformer.load_latents(args.cache / f"latents_{args.size}.pt"),
+        vocabulary,
+        args.cache / f"transformer_{args.size}.pt",
+        budget_of(args),
+        args.device,
+        emit,
+        lr=args.lr,
+        batch=args.batch or 128,
+        resume=args.resume,
+        start=start,
+    )
 
 
 def run_export(args: argparse.Namespace) -> None:
     """Write the safetensors files from the newest checkpoints' averages."""
     data, autoencoder, transformer = load_part("data"), load_part("autoencoder"), load_part("transformer")
     wanted = args.only or list(MODELS)
-    note = {"licence": "Apache-2.0", "data": "Fluent Emoji (MIT), Noto Emoji (Apache-2.0); see LICENSES.md", "picture_size": str(args.size)}
+    note = {
+        "licence": "Apache-2.0",
+        "data": "Fluent Emoji (MIT), Noto Emoji (Apache-2.0); see LICENSES.md",
+        "picture_size": str(args.size),
+    }
     vae_checkpoint, checkpoint = args.cache / f"vae_{args.size}.pt", args.cache / f"transformer_{args.size}.pt"
     latents_path = args.cache / f"latents_{args.size}.pt"
     for name in MODELS.values():
@@ -172,8 +207,14 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.command != "data":
         load_part("comfy_setup").start_comfy(args.comfyui, args.device)
-    commands = {"data": run_data, "vae": run_vae, "latents": run_latents, "transformer": run_transformer,
-                "export": run_export, "samples": run_samples}
+    commands = {
+        "data": run_data,
+        "vae": run_vae,
+        "latents": run_latents,
+        "transformer": run_transformer,
+        "export": run_export,
+        "samples": run_samples,
+    }
     commands[args.command](args)
 
 

@@ -1,4 +1,5 @@
 """What both trainings share: optimizer, schedule by time or steps, averaged weights, checkpoints and progress lines."""
+
 from __future__ import annotations
 
 import os
@@ -18,7 +19,9 @@ class Muon(torch.optim.Optimizer):
     learning rate serves both. Weights of equal shape are orthogonalised in one batched call.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -58,14 +61,22 @@ def orthogonalise(g: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 class Optimizers:
     """Muon for hidden matrices, AdamW for everything else, behind one interface."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], lr: float, is_matrix: Callable[[str, nn.Parameter], bool],
-                 weight_decay: float = 0.0, beta2: float = 0.99):
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        lr: float,
+        is_matrix: Callable[[str, nn.Parameter], bool],
+        weight_decay: float = 0.0,
+        beta2: float = 0.99,
+    ):
         matrices, others = [], []
         for name, p in named:
             (matrices if is_matrix(name, p) else others).append(p)
         self.lr = lr
         self.parameters = matrices + others
-        self.members: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=lr, betas=(0.9, beta2), weight_decay=0.0)]
+        self.members: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, beta2), weight_decay=0.0)
+        ]
         if matrices:
             self.members.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
 
@@ -142,17 +153,29 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary.replace(path)
 
 
-def save_checkpoint(path: Path, modules: dict[str, nn.Module], averages: dict[str, Average], optimizers: Optimizers,
-                    budget: Budget, history: list[tuple[float, ...]]) -> None:
+def save_checkpoint(
+    path: Path,
+    modules: dict[str, nn.Module],
+    averages: dict[str, Average],
+    optimizers: Optimizers,
+    budget: Budget,
+    history: list[tuple[float, ...]],
+) -> None:
     """Everything needed to resume."""
-    state = {"modules": {k: m.state_dict() for k, m in modules.items()},
-             "averages": {k: a.values for k, a in averages.items()},
-             "optimizers": optimizers.state_dict(), "step": budget.step, "active_s": budget.elapsed_s(), "history": history}
+    state = {
+        "modules": {k: m.state_dict() for k, m in modules.items()},
+        "averages": {k: a.values for k, a in averages.items()},
+        "optimizers": optimizers.state_dict(),
+        "step": budget.step,
+        "active_s": budget.elapsed_s(),
+        "history": history,
+    }
     write_atomically(path, lambda p: torch.save(state, p))
 
 
-def load_checkpoint(path: Path, modules: dict[str, nn.Module], averages: dict[str, Average], optimizers: Optimizers,
-                    budget: Budget) -> list[tuple[float, ...]]:
+def load_checkpoint(
+    path: Path, modules: dict[str, nn.Module], averages: dict[str, Average], optimizers: Optimizers, budget: Budget
+) -> list[tuple[float, ...]]:
     """Inverse of `save_checkpoint`; returns the history."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     for key, module in modules.items():

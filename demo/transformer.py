@@ -2,6 +2,7 @@
 
 Architecture: Esser et al., 2024 (arXiv:2403.03206), as in `comfy/ldm/modules/diffusionmodules/mmdit.py`.
 """
+
 from __future__ import annotations
 
 import math
@@ -28,10 +29,23 @@ def build(seed: int = 0) -> nn.Module:
     from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper, get_2d_sincos_pos_embed
 
     model = OpenAISignatureMMDITWrapper(
-        input_size=None, patch_size=PATCH, in_channels=CHANNELS, out_channels=CHANNELS, depth=DEPTH,
-        adm_in_channels=TEXT_WIDTH, pos_embed_max_size=TABLE, num_patches=TABLE * TABLE,
-        context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": TEXT_WIDTH, "out_features": WIDTH}},
-        qk_norm="rms", dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
+        input_size=None,
+        patch_size=PATCH,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        depth=DEPTH,
+        adm_in_channels=TEXT_WIDTH,
+        pos_embed_max_size=TABLE,
+        num_patches=TABLE * TABLE,
+        context_embedder_config={
+            "target": "torch.nn.Linear",
+            "params": {"in_features": TEXT_WIDTH, "out_features": WIDTH},
+        },
+        qk_norm="rms",
+        dtype=torch.float32,
+        device="cpu",
+        operations=comfy.ops.disable_weight_init,
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -87,8 +101,16 @@ class Latents:
     std: float
 
 
-def prepare_latents(emoji: Emoji, vae: nn.Module, path: Path, device: str,
-                    encode: Callable[[nn.Module, np.ndarray, str], torch.Tensor], statistics: tuple[float, float] | None = None, coloured: int = 2, seed: int = 0) -> None:
+def prepare_latents(
+    emoji: Emoji,
+    vae: nn.Module,
+    path: Path,
+    device: str,
+    encode: Callable[[nn.Module, np.ndarray, str], torch.Tensor],
+    statistics: tuple[float, float] | None = None,
+    coloured: int = 2,
+    seed: int = 0,
+) -> None:
     """Encode the training rows on white and on `coloured` other grounds each, normalise and cache.
 
     `statistics` are the mean and spread that an exported autoencoder carries; by default those of the white pictures.
@@ -102,8 +124,14 @@ def prepare_latents(emoji: Emoji, vae: nn.Module, path: Path, device: str,
     grounds = np.concatenate([np.zeros((1, len(rows)), np.int64), drawn])
     raw = torch.stack([encode(vae, composite(emoji.pixels[rows], colours[ground]), device) for ground in grounds])
     mean, std = statistics or (float(raw[0].mean()), float(raw[0].std()))
-    state = {"values": ((raw - mean) / std).half(), "grounds": torch.from_numpy(grounds), "mean": mean, "std": std,
-             "names": [emoji.name[i] for i in rows], "styles": [emoji.style[i] for i in rows]}
+    state = {
+        "values": ((raw - mean) / std).half(),
+        "grounds": torch.from_numpy(grounds),
+        "mean": mean,
+        "std": std,
+        "names": [emoji.name[i] for i in rows],
+        "styles": [emoji.style[i] for i in rows],
+    }
     write_atomically(path, lambda p: torch.save(state, p))
 
 
@@ -177,9 +205,22 @@ def is_hidden_matrix(name: str) -> bool:
     return ("joint_blocks" in name or "text.layers" in name) and "adaLN" not in name
 
 
-def train(latents: Latents, vocabulary: list[str], checkpoint: Path, budget: Budget, device: str, emit: Callable[[str], None],
-          *, lr: float = 1e-3, batch: int = 128, muon: bool = True, resume: bool = False, start: tuple[nn.Module, TextEncoder] | None = None,
-          save_every_s: float = 180.0, seed: int = 0) -> None:
+def train(
+    latents: Latents,
+    vocabulary: list[str],
+    checkpoint: Path,
+    budget: Budget,
+    device: str,
+    emit: Callable[[str], None],
+    *,
+    lr: float = 1e-3,
+    batch: int = 128,
+    muon: bool = True,
+    resume: bool = False,
+    start: tuple[nn.Module, TextEncoder] | None = None,
+    save_every_s: float = 180.0,
+    seed: int = 0,
+) -> None:
     """Train both modules until the budget is spent; `start` continues from given weights (a warm start)."""
     model, text = start or (build(seed), build_text(vocabulary, seed))
     torch.manual_seed(seed)
@@ -187,8 +228,7 @@ def train(latents: Latents, vocabulary: list[str], checkpoint: Path, budget: Bud
     modules = {"transformer": model.to(device).train(), "text": text.to(device).train()}
     averages = {k: Average(m, 0.998) for k, m in modules.items()}
     named = [(f"{k}.{n}", p) for k, m in modules.items() for n, p in m.named_parameters()]
-    optimizers = Optimizers(named, lr, lambda n, p: muon and p.ndim == 2 and is_hidden_matrix(n),
-                            weight_decay=0.01)
+    optimizers = Optimizers(named, lr, lambda n, p: muon and p.ndim == 2 and is_hidden_matrix(n), weight_decay=0.01)
     progress = Progress(budget, batch, emit)
     if resume:
         progress.history = load_checkpoint(checkpoint, modules, averages, optimizers, budget)

@@ -31,7 +31,7 @@ class StrettoCache(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "interval",
-                    default=2,
+                    default=3,
                     min=1,
                     max=16,
                     tooltip="Compute every: with 2 every second step is computed, with 3 every third. 1 turns it off. (Taylor)",
@@ -63,10 +63,11 @@ class StrettoCache(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "tail",
-                    default=1,
+                    default=4,
                     min=0,
                     max=100,
-                    tooltip="Keep: this many last steps are always computed. They decide the fine texture.",
+                    tooltip="Keep: this many last steps are always computed. They take the largest strides in noise and "
+                    "decide the fine texture.",
                 ),
                 io.Boolean.Input(
                     "required",

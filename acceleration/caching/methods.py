@@ -45,11 +45,11 @@ class CacheSettings:
     """
 
     method: str = "Taylor"
-    interval: int = 2
+    interval: int = 3
     order: int = 1
     threshold: float = 0.05
     warmup: int = 3
-    tail: int = 1
+    tail: int = 4
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

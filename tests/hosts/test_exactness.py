@@ -72,7 +72,7 @@ def test_engaged_hooks_really_see_every_block(tiny, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_and_split_guidance_skip_the_same_steps(tiny, family, method, monkeypatch):
     def run():
-        model = host.request(tiny(family), Request("cache", {**method, "warmup": 2}))
+        model = host.request(tiny(family), Request("cache", {**method, "interval": 2, "warmup": 2, "tail": 1}))
         result = sample(model, family, batch=2, steps=24)
         return result, [e["decision"] for e in host.TRACES.of_prompt(None)[-1]["evaluations"]]
 
@@ -86,7 +86,7 @@ def test_merged_and_split_guidance_skip_the_same_steps(tiny, family, method, mon
 
 
 def test_measuring_beside_a_cache_changes_nothing(tiny):
-    cached = host.request(tiny("sd3"), Request("cache", {"method": "Taylor"}))
+    cached = host.request(tiny("sd3"), Request("cache", {"method": "Taylor", "interval": 2, "tail": 1}))
     alone = sample(cached, "sd3")
     both = sample(host.request(cached, Request("measure", {"nonce": 5})), "sd3")
     assert torch.equal(alone, both)

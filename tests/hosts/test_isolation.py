@@ -14,8 +14,8 @@ from stretto.acceleration.plan import Request
 
 from .tiny_models import sample
 
-TAYLOR = Request("cache", {"method": "Taylor", "warmup": 2})
-EASY = Request("cache", {"method": "EasyCache", "threshold": 0.8, "warmup": 2})
+TAYLOR = Request("cache", {"method": "Taylor", "interval": 2, "warmup": 2, "tail": 1})
+EASY = Request("cache", {"method": "EasyCache", "threshold": 0.8, "warmup": 2, "tail": 1})
 
 
 @pytest.fixture(params=[TAYLOR, EASY], ids=["taylor", "easycache"])

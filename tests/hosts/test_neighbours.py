@@ -10,7 +10,7 @@ from stretto.acceleration.plan import Request
 from . import tiny_models
 from .tiny_models import sample
 
-TAYLOR = Request("cache", {"method": "Taylor", "warmup": 2})
+TAYLOR = Request("cache", {"method": "Taylor", "interval": 2, "warmup": 2, "tail": 1})
 ENGAGED = Request("cache", {"method": "Taylor", "interval": 1}, force=True)
 
 

@@ -39,7 +39,7 @@ def test_everything_is_explained(nodes):
 
 
 def test_report_finds_the_sampler_upstream(nodes, tiny, monkeypatch):
-    sample(host.request(tiny("sd3"), Request("cache", {"warmup": 2})), "sd3")
+    sample(host.request(tiny("sd3"), Request("cache", {"interval": 2, "warmup": 2, "tail": 1})), "sd3")
     made = host.TRACES.of_prompt(None)[-1]
     host.TRACES.add("prompt-a", "5", made)
     prompt = {
@@ -62,7 +62,7 @@ def test_report_finds_the_sampler_upstream(nodes, tiny, monkeypatch):
 def test_timeline_shows_each_decision_in_its_colour(nodes, tiny):
     from stretto.nodes.timeline import COLOURS, timeline
 
-    sample(host.request(tiny("wan"), Request("cache", {"warmup": 2})), "wan")
+    sample(host.request(tiny("wan"), Request("cache", {"interval": 2, "warmup": 2, "tail": 1})), "wan")
     trace = json.loads(json.dumps(host.TRACES.of_prompt(None)[-1]))
     picture = np.asarray(timeline(trace))
     assert picture.shape[1:] == (960, 3)

@@ -12,7 +12,7 @@ from stretto.acceleration.plan import Request
 
 from .tiny_models import sample
 
-TAYLOR = Request("cache", {"method": "Taylor"})
+TAYLOR = Request("cache", {"method": "Taylor", "interval": 2, "tail": 1})
 EASY = Request("cache", {"method": "EasyCache"})
 
 

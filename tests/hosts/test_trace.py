@@ -14,8 +14,8 @@ from .tiny_models import sample
 
 REQUESTS = {
     "measure": Request("measure", {"nonce": 1}),
-    "taylor": Request("cache", {"method": "Taylor", "warmup": 2}),
-    "easycache": Request("cache", {"method": "EasyCache", "threshold": 0.9, "warmup": 2}),
+    "taylor": Request("cache", {"method": "Taylor", "interval": 2, "warmup": 2, "tail": 1}),
+    "easycache": Request("cache", {"method": "EasyCache", "threshold": 0.9, "warmup": 2, "tail": 1}),
     "off": Request("cache", {"interval": 1}),
 }
 
