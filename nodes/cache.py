@@ -56,14 +56,14 @@ class StrettoCache(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "warmup",
-                    default=3,
+                    default=4,
                     min=0,
                     max=100,
                     tooltip="Start after: this many first steps are always computed. They decide the composition.",
                 ),
                 io.Int.Input(
                     "tail",
-                    default=4,
+                    default=5,
                     min=0,
                     max=100,
                     tooltip="Keep: this many last steps are always computed. They take the largest strides in noise and "

@@ -48,8 +48,8 @@ class CacheSettings:
     interval: int = 3
     order: int = 1
     threshold: float = 0.05
-    warmup: int = 3
-    tail: int = 4
+    warmup: int = 4
+    tail: int = 5
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
