@@ -120,6 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
 def main() -> int:
     """Run the command; return the exit status."""
     arguments = parse()
+    # A script that started us in the background has left Ctrl-C ignored; whoever sends it means it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), terminate)
