@@ -13,7 +13,7 @@ CASES = [
     *itertools.product(["euler", "heun"], [(5.0, 1, 0.5)]),
 ]
 #: EasyCache at its smallest threshold computes every step, with all hooks in place: engaged, not off.
-ENGAGED = {"method": "EasyCache", "threshold": 0.001}
+ENGAGED = {"method": "EasyCache", "threshold": 0.001, "warmup": 2, "tail": 1}
 OFF = [{"method": "Taylor", "interval": 1}, {"method": "EasyCache", "threshold": 0.0}]
 
 
