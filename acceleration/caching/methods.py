@@ -15,23 +15,21 @@ class Method:
         granularity: what is stored and re-injected: ``"last"`` (output of the last block,
             before the head, which always runs at the current timestep) or ``"delta"``
             (network output minus network input).
-        policy: ``"interval"`` or ``"accumulate"``.
-        indicator: ``"none"`` or ``"transform_rate"``.
+        policy: ``"interval"`` (fixed steps) or ``"accumulate"`` (EasyCache's transform rate, summed up).
         source: paper.
     """
 
     name: str
     granularity: str
     policy: str
-    indicator: str
     source: str
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("Taylor", "last", "interval", "none", "TaylorSeer-Lite, arXiv 2503.06923 (Newton form)"),
-        Method("EasyCache", "delta", "accumulate", "transform_rate", "EasyCache, arXiv 2507.02860"),
+        Method("Taylor", "last", "interval", "TaylorSeer-Lite, arXiv 2503.06923 (Newton form)"),
+        Method("EasyCache", "delta", "accumulate", "EasyCache, arXiv 2507.02860"),
     )
 }
 
