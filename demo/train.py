@@ -1,4 +1,4 @@
-"""Recipe of the demo image models. Run the commands in this order:
+"""Recipe of the demo models; with `--video` of the video models. Run the commands in this order:
 
     python demo/train.py data          render the emoji, write held-out prompts
     python demo/train.py vae           train the autoencoder
@@ -8,7 +8,8 @@
     python demo/train.py samples       draw samples.jpg, vae_roundtrip.jpg and loss.png through ComfyUI's own sampler
 
 `--resume` continues a training from its checkpoint; `--warm-start` begins at the committed weights (for `vae` and
-`transformer`), or encodes with the committed autoencoder (for `latents`).
+`transformer`), or encodes with the committed autoencoder (for `latents`). The video transformer reads the text encoder
+that was trained with the image model.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["data", "vae", "latents", "transformer", "export", "samples"])
+    parser.add_argument("--video", action="store_true", help="the video models instead of the image models")
     parser.add_argument(
         "--size",
         type=int,
@@ -60,7 +62,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, help="training time; 45 when neither this nor --steps is given")
     parser.add_argument("--steps", type=int, help="training steps, instead of --minutes")
-    parser.add_argument("--batch", type=int, help="batch size (default 8 for vae, 128 for transformer)")
+    parser.add_argument("--batch", type=int, help="batch size (8 for vae, 128 for transformer; --video: a factor, 24)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="torch threads on the CPU")
@@ -207,6 +209,9 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.command != "data":
         load_part("comfy_setup").start_comfy(args.comfyui, args.device)
+    if args.video:
+        load_part("video_recipe").COMMANDS[args.command](args, budget_of(args), HERE, emit)
+        return
     commands = {
         "data": run_data,
         "vae": run_vae,

@@ -191,8 +191,10 @@ def load_checkpoint(
 class Progress:
     """Progress lines: step, smoothed losses, rate and time left; keeps the history for the loss curve."""
 
-    def __init__(self, budget: Budget, batch: int, emit: Callable[[str], None], every_s: float = 15.0):
-        self.budget, self.batch, self.emit, self.every_s = budget, batch, emit, every_s
+    def __init__(
+        self, budget: Budget, batch: int, emit: Callable[[str], None], every_s: float = 15.0, unit: str = "samples"
+    ):
+        self.budget, self.batch, self.emit, self.every_s, self.unit = budget, batch, emit, every_s, unit
         self.history: list[tuple[float, ...]] = []
         self._sums: torch.Tensor | None = None
         self._count = 0
@@ -211,6 +213,6 @@ class Progress:
         done = self.budget.progress()
         left = self.budget.elapsed_s() * (1 - done) / max(done, 1e-6) / 60
         text = "  ".join(f"{k} {v:.4f}" for k, v in zip(values, means))
-        self.emit(f"step {self.budget.step}  {text}  {rate:.1f} samples/s  {100 * done:.1f} %  ETA {left:.1f} min")
+        self.emit(f"step {self.budget.step}  {text}  {rate:.1f} {self.unit}/s  {100 * done:.1f} %  ETA {left:.1f} min")
         self.history.append((float(self.budget.step), self.budget.elapsed_s(), *means))
         self._sums, self._count, self._mark = None, 0, now
