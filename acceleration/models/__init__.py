@@ -1,11 +1,32 @@
 """One descriptor per architecture family: what the engine may know of a network."""
 
+from .auraflow import AURAFLOW
 from .descriptor import BlockSite, ModelDescriptor
-from .flux import FLUX
+from .flux import CHROMA, FLUX
+from .hookless import COSMOS_PREDICT2, HIDREAM, LUMINA2, PIXART
+from .hunyuan_video import HUNYUAN_VIDEO
+from .ltxv import LTXV
+from .mochi import MOCHI
+from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
-from .wan import WAN
+from .wan import WAN, WAN_VACE
 
-FAMILIES: tuple[ModelDescriptor, ...] = (SD3, WAN, FLUX)
+FAMILIES: tuple[ModelDescriptor, ...] = (
+    SD3,
+    WAN,
+    WAN_VACE,
+    FLUX,
+    CHROMA,
+    HUNYUAN_VIDEO,
+    LTXV,
+    QWEN_IMAGE,
+    AURAFLOW,
+    MOCHI,
+    LUMINA2,
+    PIXART,
+    COSMOS_PREDICT2,
+    HIDREAM,
+)
 
 
 def describe(network: object) -> ModelDescriptor | None:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class BlockSite:
@@ -27,19 +29,56 @@ class BlockSite:
         return self.kind, self.index
 
 
+def _patch_size(network: Any) -> int | Sequence[int]:
+    return network.patch_size
+
+
+def _out_channels(network: Any) -> int | None:
+    return network.out_channels
+
+
+def _no_variant(network: Any) -> str:
+    return ""
+
+
+def _never(network: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class ModelDescriptor:
     """What the engine knows of a family. Adding a family is adding one of these.
 
+    Streams. A block of most families gets its image tokens as ``args["img"]`` [B, N, hidden_size]. Text tokens may
+    stand before them (``text_in_stream``) or behind them (``text_after_image``) in the same tensor, and the tokens of
+    reference pictures beside the ones that are decoded; :meth:`image_slice` and :meth:`target_slice` find the parts.
+
     Attributes:
         family: short name used in traces and presets.
         networks: exact class names of the networks it describes.
-        block_lists: (hook kind, attribute holding the blocks) in execution order.
+        block_lists: (hook kind, attribute holding the blocks) in execution order; empty when blocks cannot be
+            skipped through the host's hooks, and then ``no_blocks`` says why.
         hidden_size: network -> width of the token stream.
         text_in_stream: kinds of block whose ``img`` stream holds text tokens first.
+        text_after_image: kinds of block whose ``img`` stream holds text tokens last.
+        txt_out: kinds of block that take ``txt`` and return it changed, beside ``img``. Blocks of other kinds may
+            be given ``txt`` to attend to, but return ``img`` alone.
         in_place: whether blocks write into the tensors they are given.
         hooks: names of the hooks the host offers for it, of
             ``{"block_replace", "diffusion_model", "attention_override"}``.
+        no_blocks: why there are no block sites, in a user's words; empty when there are.
+        skip_lists: (hook kind, attribute holding indices of blocks that the network itself leaves out).
+        patch_size: network -> side of a patch, or (height, width), or (time, height, width).
+        output_channels: network -> channels of its prediction; its input has more where conditions are
+            concatenated to the latent.
+        reference_first: network -> whether reference tokens stand before the target's in the image part; otherwise
+            they follow it.
+        tea_input: (network, arguments of the first block's hook) -> TeaCache's indicator tensor, without running
+            the block. For most families what the block's first norm and the modulation make of the whole ``img``
+            stream, [B, N, hidden_size], references included; each family's module names it. None where no hook
+            gives access to it.
+        variant: network -> name, within the family, of the published model that has exactly these sizes, as presets
+            spell it; "" for others. Models that differ in weights alone share a name.
     """
 
     family: str
@@ -49,22 +88,66 @@ class ModelDescriptor:
     text_in_stream: frozenset[str] = frozenset()
     in_place: bool = False
     hooks: frozenset[str] = frozenset({"block_replace"})
+    text_after_image: frozenset[str] = frozenset()
+    txt_out: frozenset[str] = frozenset()
+    no_blocks: str = ""
+    skip_lists: tuple[tuple[str, str], ...] = ()
+    patch_size: Callable[[Any], int | Sequence[int]] = _patch_size
+    output_channels: Callable[[Any], int | None] = _out_channels
+    reference_first: Callable[[Any], bool] = _never
+    tea_input: Callable[[Any, dict[str, Any]], torch.Tensor] | None = None
+    variant: Callable[[Any], str] = _no_variant
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether single blocks can be watched and skipped."""
+        return bool(self.block_lists)
 
     def sites(self, network: Any) -> tuple[BlockSite, ...]:
-        """Return the blocks of ``network`` in execution order."""
-        keys = [(kind, i) for kind, name in self.block_lists for i in range(len(getattr(network, name)))]
+        """Return the blocks of ``network`` in execution order; indices start again with every list."""
+        skipped = {kind: getattr(network, name) for kind, name in self.skip_lists}
+        keys = [
+            (kind, i)
+            for kind, name in self.block_lists
+            for i in range(len(getattr(network, name)))
+            if i not in skipped.get(kind, ())
+        ]
         return tuple(
             BlockSite(kind, index, depth, last=depth == len(keys) - 1) for depth, (kind, index) in enumerate(keys)
         )
 
     def grid(self, network: Any, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """Return the (t, h, w) token grid of a latent [B, C, (T,) H, W]; odd sides are padded up."""
-        patch = network.patch_size
-        patch = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
+        patch = self.patch_size(network)
+        patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        patch = (1,) * (3 - len(patch)) + patch
         sides = [1, *latent_shape[2:]] if len(latent_shape) == 4 else list(latent_shape[2:])
         return tuple(-(-side // step) for side, step in zip(sides, patch, strict=True))
 
     def tokens(self, network: Any, latent_shape: Sequence[int]) -> int:
-        """Return the number of image tokens of one sample of a latent."""
+        """Return the number of image tokens of one sample of a latent, without those of reference pictures."""
         t, h, w = self.grid(network, latent_shape)
         return t * h * w
+
+    def image_slice(self, kind: str, args: dict[str, Any], text_tokens: int) -> slice:
+        """Return where image tokens, references included, stand in ``args["img"]`` of a block of ``kind``.
+
+        Args:
+            kind: kind of the block.
+            args: the arguments of its hook.
+            text_tokens: length of ``txt`` in the blocks that had it apart.
+        """
+        if kind not in self.text_in_stream | self.text_after_image:
+            return slice(0, args["img"].shape[1])
+        # From 0.14 ComfyUI puts text first in every family, and says so here.
+        told = (args.get("transformer_options") or {}).get("img_slice")
+        if told is not None:
+            return slice(*told)
+        length = args["img"].shape[1]
+        return slice(text_tokens, length) if kind in self.text_in_stream else slice(0, length - text_tokens)
+
+    def target_slice(self, network: Any, latent_shape: Sequence[int], image_tokens: int) -> slice:
+        """Return where the decoded tokens stand among the ``image_tokens`` of an image part (:meth:`image_slice`)."""
+        tokens = self.tokens(network, latent_shape)
+        start = image_tokens - tokens if self.reference_first(network) else 0
+        return slice(start, start + tokens)

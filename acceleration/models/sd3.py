@@ -1,11 +1,38 @@
 """Stable Diffusion 3 and 3.5 (MMDiT)."""
 
+from typing import Any
+
+import torch
+
 from .descriptor import ModelDescriptor
+from .modulation import modulate, shift_and_scale
+
+#: (width, blocks, whether some blocks have a second attention over the image alone)
+_VARIANTS = {
+    (1536, 24, False): "3-medium",
+    (1536, 24, True): "3.5-medium",
+    (2432, 38, False): "3.5-large",
+}
+
+
+def _variant(network: Any) -> str:
+    sizes = network.hidden_size, len(network.joint_blocks), bool(network.x_block_self_attn_layers)
+    return _VARIANTS.get(sizes, "")
+
+
+def _modulated_image(network: Any, args: dict[str, Any]) -> torch.Tensor:
+    """Return ``norm1(img)`` under the first block's shift and scale. No coefficients were published for it."""
+    block, image = network.joint_blocks[0].x_block, args["img"]
+    return modulate(block.norm1(image), *shift_and_scale(block.adaLN_modulation(args["vec"]), image.shape[-1]))
+
 
 SD3 = ModelDescriptor(
     family="sd3",
     networks=("OpenAISignatureMMDITWrapper",),
     block_lists=(("double_block", "joint_blocks"),),
     hidden_size=lambda network: network.hidden_size,
+    txt_out=frozenset({"double_block"}),
     hooks=frozenset({"block_replace", "attention_override"}),
+    tea_input=_modulated_image,
+    variant=_variant,
 )
