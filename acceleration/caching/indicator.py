@@ -5,6 +5,18 @@ from dataclasses import dataclass
 import torch
 
 
+def magnitude_ratio(residual: torch.Tensor, previous: torch.Tensor) -> float:
+    """Return MagCache's ratio: mean over tokens of the quotient of channel norms (arXiv 2506.09045).
+
+    Args:
+        residual: stack residual now, [..., tokens, channels].
+        previous: stack residual of the evaluation before, same shape.
+    """
+    norms = torch.linalg.vector_norm(residual.float(), dim=-1)
+    before = torch.linalg.vector_norm(previous.float(), dim=-1)
+    return (norms / before.clamp_min(torch.finfo(torch.float32).tiny)).mean().item()
+
+
 @dataclass
 class TransformRate:
     """EasyCache's runtime indicator (arXiv 2507.02860, section 3).

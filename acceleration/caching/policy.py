@@ -1,5 +1,6 @@
 """Which evaluations to compute. Every policy respects a warm-up, a tail and a part of the run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -11,11 +12,13 @@ class Rails:
         warmup: number of first steps (early errors change the composition).
         tail: number of last steps (late errors remove texture).
         interval: fractions of the run outside of which every step is computed.
+        forced: single steps computed besides (an expert switch, the edge of a ControlNet's range).
     """
 
     warmup: int
     tail: int
     interval: tuple[float, float] = (0.0, 1.0)
+    forced: frozenset[int] = frozenset()
 
     def reason(self, step: int, steps: int) -> str | None:
         """Return why ``step`` of ``steps`` must be computed, or None when it is free."""
@@ -25,6 +28,8 @@ class Rails:
             return "tail"
         if not self.interval[0] * steps <= step < self.interval[1] * steps:
             return "outside the interval"
+        if step in self.forced:
+            return "forced"
         return None
 
 
@@ -39,6 +44,20 @@ def interval_mask(steps: int, rails: Rails, interval: int) -> tuple[bool, ...]:
         rails.reason(step, steps) is not None or (step - rails.warmup + 1) % interval == 0
         for step in range(steps)
     )
+
+
+def limit_skips(mask: Sequence[bool], most: int) -> tuple[bool, ...]:
+    """Return ``mask`` with a computed step after every ``most`` skipped ones in a row.
+
+    Skips in one cluster cost far more than the same number spread out. ``most`` 0 computes everything.
+    """
+    limited: list[bool] = []
+    run = 0
+    for computed in mask:
+        computed = bool(computed) or run >= most
+        run = 0 if computed else run + 1
+        limited.append(computed)
+    return tuple(limited)
 
 
 @dataclass
