@@ -65,7 +65,9 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--warmup", type=_count, default=1, metavar="W", help="discarded rounds (default: %(default)s)"
     )
-    command.add_argument("--batch", type=_positive, metavar="B", help="pictures per run (default: the workflow's own)")
+    command.add_argument(
+        "--batch", type=_positive, metavar="B", help="pictures or clips per run (default: the workflow's own)"
+    )
     command.add_argument(
         "--reference-steps",
         type=_count,
@@ -96,6 +98,7 @@ def _add_panel(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--workflows", type=Path, default=ROOT / "workflows", metavar="DIR", help="folder of workflows to choose from"
     )
+    command.add_argument("--workflow", metavar="NAME", help="file in that folder that is chosen at first")
     command.add_argument(
         "--out",
         type=Path,
@@ -168,7 +171,7 @@ def run_panel(args: argparse.Namespace) -> int:
     """Handle `panel`."""
     from stretto.web.panel.app import PanelConfig, serve
 
-    serve(PanelConfig(args.server, args.workflows, args.out, args.host, args.port), announce=print)
+    serve(PanelConfig(args.server, args.workflows, args.out, args.host, args.port, args.workflow), announce=print)
     return 0
 
 

@@ -39,6 +39,7 @@ class StrettoDemoText(io.ComfyNode):
                 io.Combo.Input(
                     "model",
                     options=list(WIDTHS),
+                    optional=True,
                     default="image",
                     tooltip="Which demo model the conditioning is for. The video model has the input width of Wan "
                     "(4096): the states are padded with zeros.",

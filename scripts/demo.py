@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The demonstration: ComfyUI, the same pictures plain and accelerated, a report, then a panel to play with.
+"""The demonstration: ComfyUI, the same pictures (or clips) plain and accelerated, a report, then a panel to play with.
 
 Called by ./demo.sh; see `./demo.sh --help`.
 """
@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from bootstrap import add_arguments, wishes_from
@@ -19,13 +21,43 @@ from launch.installation import Installation, prepare
 from launch.pins import ROOT
 
 LOGS = ROOT / ".cache" / "logs"
-REPORT = ROOT / "report"
-WORKFLOWS = ("workflows/demo-image-taylor.json", "workflows/demo-image-easycache.json")
+
+
+@dataclass(frozen=True)
+class Show:
+    """What is compared: workflow files (the panel begins with the first), prompts, rounds, the report's folder."""
+
+    workflows: tuple[str, ...]
+    prompts: str
+    count: int
+    repeats: int
+    report: Path
+    models: tuple[str, ...]
+
+
+PICTURES = Show(
+    workflows=("demo-image-taylor.json", "demo-image-easycache.json"),
+    prompts="demo/heldout_prompts.json",
+    count=6,
+    repeats=3,
+    report=ROOT / "report",
+    models=("diffusion_models/stretto-demo-image.safetensors", "vae/stretto-demo-image-vae.safetensors"),
+)
+# Fewer rounds than for pictures, since a clip takes several times as long; from six on the speed has an interval.
+CLIPS = Show(
+    workflows=("demo-video-taylor.json", "demo-video-easycache.json"),
+    prompts="demo/heldout_video_prompts.json",
+    count=6,
+    repeats=2,
+    report=ROOT / "report" / "video",
+    models=("diffusion_models/stretto-demo-video.safetensors", "vae/stretto-demo-video-vae.safetensors"),
+)
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="demo.sh", description="Show what Stretto does, on this machine.")
+    parser.add_argument("--video", action="store_true", help="compare clips instead of pictures")
     parser.add_argument("--once", action="store_true", help="stop ComfyUI and exit after the report")
     parser.add_argument("--port", type=int, default=8188, help="port for ComfyUI (default 8188)")
     parser.add_argument("--panel-port", type=int, default=7860, help="port for the panel (default 7860)")
@@ -57,19 +89,28 @@ def start_server(installation: Installation, port: int) -> Child:
     return server
 
 
-def compare(installation: Installation, url: str) -> int:
+def require_models(show: Show) -> None:
+    """Refuse to begin what would only fail after ComfyUI has started."""
+    for name in (show.prompts, *(f"demo/models/{model}" for model in show.models)):
+        if not (ROOT / name).is_file():
+            raise SetupError(f"{name} is missing: it comes with the repository, so `git checkout {name}` restores it.")
+
+
+def compare(installation: Installation, url: str, show: Show) -> int:
     """Measure plain against accelerated and write the report; return the exit status."""
     command = [str(installation.panel_python), "cli.py", "compare", "--server", url]
-    for workflow in WORKFLOWS:
-        command += ["--workflow", workflow]
-    command += ["--prompts", "demo/heldout_prompts.json", "--count", "6", "--repeats", "3", "--out", str(REPORT)]
+    for workflow in show.workflows:
+        command += ["--workflow", f"workflows/{workflow}"]
+    command += ["--prompts", show.prompts, "--count", str(show.count), "--repeats", str(show.repeats)]
+    command += ["--out", str(show.report)]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
-def start_panel(installation: Installation, url: str, port: int) -> Child:
+def start_panel(installation: Installation, url: str, port: int, show: Show) -> Child:
     """Start the panel and wait until it answers."""
     progress = Progress("Panel")
     command = [str(installation.panel_python), "-u", "cli.py", "panel", "--server", url, "--port", str(port)]
+    command += ["--workflow", show.workflows[0]]
     panel = Child(command, LOGS / "panel.log", ROOT, "The panel")
     try:
         panel.wait_for(f"http://{HOST}:{port}/", lambda _: progress.update("starting"), limit=120.0)
@@ -97,19 +138,21 @@ def run(arguments: argparse.Namespace) -> int:
     require_free_port(arguments.port, "ComfyUI", "--port")
     if not arguments.once:
         require_free_port(arguments.panel_port, "the panel", "--panel-port")
+    show = CLIPS if arguments.video else PICTURES
+    require_models(show)
     installation = prepare(wishes_from(arguments))
     url = f"http://{HOST}:{arguments.port}"
     with ExitStack() as children:
         server = start_server(installation, arguments.port)
         children.callback(server.stop)
-        status = compare(installation, url)
+        status = compare(installation, url, show)
         if status != 0 and not server.alive():
             say(f"{server.last_lines()}\nComfyUI stopped during the comparison: the whole log is {server.log}.")
         if status == 0:
-            say(f"Report: {REPORT / 'index.html'}")
+            say(f"Report: {show.report / 'index.html'}")
         if arguments.once or status != 0:
             return status
-        panel = start_panel(installation, url, arguments.panel_port)
+        panel = start_panel(installation, url, arguments.panel_port, show)
         children.callback(panel.stop)
         say(f"ComfyUI: {url} (the workflows are under Templates, Stretto)")
         say(f"Panel:   http://{HOST}:{arguments.panel_port}")

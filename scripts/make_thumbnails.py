@@ -3,13 +3,14 @@
 
     .venv-panel/bin/python scripts/make_thumbnails.py [--server http://127.0.0.1:8188]
 
-Without --server a ComfyUI is started for it. Each thumbnail shows four prompts and, below, one cell per step:
-computed, forecast or reused.
+Without --server a ComfyUI is started for it. Each thumbnail shows four prompts (a clip as a row of frames) and, below,
+one cell per step: computed, forecast or reused.
 """
 
 import argparse
 import io
 import json
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,12 +30,20 @@ from load_pack import load_pack
 
 sys.path.remove(str(ROOT))
 load_pack()
+from stretto.web.panel.measure import arms as edit  # noqa: E402
 from stretto.web.panel.measure.client import ComfyClient  # noqa: E402
 from stretto.web.panel.measure.errors import MeasureError  # noqa: E402
 from stretto.web.panel.measure.workflow import ui_to_api  # noqa: E402
 
 PROMPTS = ("fluent red apple", "noto cat face", "flat blue heart", "fluent sun with face")
+CLIP_PROMPTS = (
+    "fluent two hearts",
+    "fluent sun behind small cloud",
+    "fluent cat face",
+    "fluent grinning face with sweat",
+)
 SIDE, PICTURE, GAP = 480, 216, 8
+FRAMES = 4  # shown of a clip
 BACKGROUND = (27, 27, 31)
 COLOURS = {"computed": (0, 114, 178), "forecast": (230, 159, 0), "reused": (0, 158, 115), "mixed": (204, 121, 167)}
 
@@ -55,26 +64,20 @@ def server(address: str | None) -> Iterator[str]:
         child.stop()
 
 
-def with_prompt(api: dict[str, Any], prompt: str, nonce: int) -> dict[str, Any]:
+def with_prompt(api: dict[str, Any], prompt: str) -> dict[str, Any]:
     """Set the prompt, make ComfyUI sample again, and keep nothing on disk."""
-    for node in api.values():
-        if node["class_type"] == "StrettoDemoText" and node["inputs"]["text"]:
-            node["inputs"]["text"] = prompt
-        elif node["class_type"] == "StrettoMeasure":
-            node["inputs"]["nonce"] = nonce
-        elif node["class_type"] == "SaveImage":
-            node["class_type"] = "PreviewImage"
-            del node["inputs"]["filename_prefix"]
-    return api
+    return edit.ensure_measure(edit.set_prompt(edit.prepare(api), prompt), secrets.randbits(32))
 
 
-def draw(pictures: list[Image.Image], decisions: list[str]) -> Image.Image:
-    """Four pictures in a square, and below them one cell per step."""
+def draw(pictures: list[list[Image.Image]], decisions: list[str]) -> Image.Image:
+    """Four pictures in a square, or the frames of four clips in rows, and below them one cell per step."""
     sheet = Image.new("RGB", (SIDE, SIDE), BACKGROUND)
     left = (SIDE - 2 * PICTURE - GAP) // 2
-    for index, picture in enumerate(pictures):
-        x, y = left + index % 2 * (PICTURE + GAP), GAP // 2 + index // 2 * (PICTURE + GAP)
-        sheet.paste(picture.convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.BICUBIC), (x, y))
+    columns = max(len(frames) for frames in pictures) if len(pictures[0]) > 1 else 2
+    side = (2 * PICTURE + GAP - (columns - 1) * GAP) // columns
+    for index, picture in enumerate(frame for frames in pictures for frame in frames):
+        x, y = left + index % columns * (side + GAP), GAP // 2 + index // columns * (side + GAP)
+        sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), (x, y))
     canvas = ImageDraw.Draw(sheet)
     width = (2 * PICTURE + GAP) / len(decisions)
     top = GAP // 2 + 2 * (PICTURE + GAP)
@@ -87,14 +90,14 @@ def draw(pictures: list[Image.Image], decisions: list[str]) -> Image.Image:
 
 def make(client: ComfyClient, path: Path) -> None:
     """Run one workflow for every prompt and write its thumbnail."""
-    ui = json.loads(path.read_text(encoding="utf-8"))
+    api = ui_to_api(json.loads(path.read_text(encoding="utf-8")), client.object_info())
     pictures, decisions = [], []
-    for number, prompt in enumerate(PROMPTS):
-        api = with_prompt(ui_to_api(ui, client.object_info()), prompt, number + 1)
-        result = client.run(api)
-        node = next(key for key, entry in api.items() if entry["class_type"] == "PreviewImage" and key in result.outputs
-                    and api[entry["inputs"]["images"][0]]["class_type"] == "VAEDecode")
-        pictures.append(Image.open(io.BytesIO(client.fetch_image(result.outputs[node]["images"][0]))))
+    for prompt in CLIP_PROMPTS if edit.get_frame_rate(api) else PROMPTS:
+        result = client.run(with_prompt(api, prompt))
+        images = [image for output in result.outputs.values() for image in output.get("images", [])]
+        count = min(FRAMES, len(images))
+        picked = [images[index * (len(images) - 1) // max(count - 1, 1)] for index in range(count)]
+        pictures.append([Image.open(io.BytesIO(client.fetch_image(image))) for image in picked])
         decisions = [entry["decision"] for entry in client.traces(result.prompt_id)[-1]["evaluations"]]
     draw(pictures, decisions).save(path.with_suffix(".jpg"), quality=88, optimize=True)
     say(f"{path.with_suffix('.jpg').relative_to(ROOT)}")
@@ -104,10 +107,11 @@ def main() -> int:
     """Run the command; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--server", metavar="URL", help="address of a running ComfyUI with the pack")
+    parser.add_argument("--only", default="*.json", metavar="PATTERN", help="files to draw (default: all of them)")
     arguments = parser.parse_args()
     try:
         with server(arguments.server) as address, ComfyClient(address) as client:
-            for path in sorted((ROOT / "workflows").glob("*.json")):
+            for path in sorted((ROOT / "workflows").glob(arguments.only)):
                 make(client, path)
     except (SetupError, MeasureError) as error:
         print(error, file=sys.stderr)

@@ -18,6 +18,7 @@ from .shipped import ROOT, load_ui
 
 COMFYUI = ROOT / ".comfyui"
 LOGS = ROOT / ".cache" / "logs"
+PANEL_PYTHON = ROOT / ".venv-panel" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 SCREENSHOTS = ROOT / ".cache" / "screenshots"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER_ARGUMENTS = [
@@ -84,17 +85,15 @@ def object_info(comfy: ComfyApi) -> dict[str, Any]:
 
 @pytest.fixture
 def api(object_info: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
-    """`api("taylor")` is that shipped workflow in the API form, fresh each time."""
-    return lambda kind: ui_to_api(load_ui(kind), object_info)
+    """`api("taylor")` is that shipped workflow in the API form, fresh each time; `api("taylor", "video")` too."""
+    return lambda kind, medium="image": ui_to_api(load_ui(kind, medium), object_info)
 
 
 @pytest.fixture(scope="session")
 def panel(server: Child, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
     """The A/B page, in its own environment."""
-    folder = ROOT / ".venv-panel"
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     port = free_port()
-    command = [str(python), "-u", "cli.py", "panel", "--server", server.url, "--port", str(port)]
+    command = [str(PANEL_PYTHON), "-u", "cli.py", "panel", "--server", server.url, "--port", str(port)]
     command += ["--out", str(tmp_path_factory.mktemp("panel"))]
     child = Child(command, LOGS / "e2e-panel.log", ROOT, "The panel")
     child.url = f"http://127.0.0.1:{port}"

@@ -5,18 +5,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+MEDIA = ("image", "video")
 KINDS = ("plain", "taylor", "easycache")
 ACCELERATED = KINDS[1:]
 
 
-def path_of(kind: str) -> Path:
+def path_of(kind: str, medium: str = "image") -> Path:
     """The file of a demo workflow."""
-    return ROOT / "workflows" / f"demo-image-{kind}.json"
+    return ROOT / "workflows" / f"demo-{medium}-{kind}.json"
 
 
-def load_ui(kind: str) -> dict[str, Any]:
+def load_ui(kind: str, medium: str = "image") -> dict[str, Any]:
     """The UI form of a demo workflow."""
-    return json.loads(path_of(kind).read_text(encoding="utf-8"))
+    return json.loads(path_of(kind, medium).read_text(encoding="utf-8"))
 
 
 def key_of(api: dict[str, Any], class_type: str) -> str:

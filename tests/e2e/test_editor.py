@@ -1,12 +1,13 @@
 """ComfyUI's editor in a real browser: drop a workflow, press Run, see picture, report and timeline."""
 
+import itertools
 import json
 import re
 
 import pytest
 
 from .conftest import SCREENSHOTS
-from .shipped import KINDS, path_of
+from .shipped import KINDS, MEDIA, path_of
 
 DROP = """
 (text) => {
@@ -18,6 +19,13 @@ DROP = """
 """
 TYPES = "() => window.app.graph.nodes.map(node => node.type)"
 HAS_PICTURE = "(type) => (window.app.graph.nodes.find(node => node.type === type)?.imgs || []).length > 0"
+PLAYS_VIDEO = """
+() => {
+    const node = window.app.graph.nodes.find(node => node.type === 'SaveVideo');
+    const elements = [node?.videoContainer, ...(node?.widgets || []).map(widget => widget.element)];
+    return elements.some(element => element?.querySelector?.('video')) || document.querySelector('video') !== null;
+}
+"""
 REPORT_TEXT = """
 () => {
     const node = window.app.graph.nodes.find(node => node.type === 'StrettoReport');
@@ -41,9 +49,9 @@ def types_of(ui: dict) -> list[str]:
     return sorted(node["type"] for node in ui["nodes"])
 
 
-def drop(editor, kind: str) -> dict:
+def drop(editor, kind: str, medium: str = "image") -> dict:
     """Drop a shipped workflow onto the canvas, wait until it is loaded, and return it."""
-    text = path_of(kind).read_text(encoding="utf-8")
+    text = path_of(kind, medium).read_text(encoding="utf-8")
     editor.evaluate(DROP, text)
     wanted = types_of(json.loads(text))
     editor.wait_for_function(f"(wanted) => JSON.stringify(({TYPES})().sort()) === JSON.stringify(wanted)", arg=wanted)
@@ -69,11 +77,22 @@ def test_a_dropped_workflow_runs_and_shows_its_report(editor, kind):
     assert editor.script_errors == []
 
 
+def test_a_dropped_video_workflow_runs_and_shows_its_clip(editor):
+    drop(editor, "taylor", "video")
+    editor.get_by_test_id("queue-button").click()
+    for node in ("StrettoReport", "PreviewImage"):
+        editor.wait_for_function(HAS_PICTURE, arg=node, timeout=180_000)
+    editor.wait_for_function(PLAYS_VIDEO, timeout=60_000)
+    fit_and_shoot(editor, "editor-video-taylor")
+    assert re.search(r"\b28\b", editor.evaluate(REPORT_TEXT)), "the report's text is not on the node"
+    assert editor.script_errors == []
+
+
 def test_an_untouched_workflow_is_sent_as_our_converter_sends_it(editor, object_info):
     from stretto.web.panel.measure.workflow import ui_to_api
 
-    for kind in KINDS:
-        ui = drop(editor, kind)
+    for medium, kind in itertools.product(MEDIA, KINDS):
+        ui = drop(editor, kind, medium)
         sent = editor.evaluate("async () => (await window.app.graphToPrompt()).output")
         ours = ui_to_api(ui, object_info)
         for node in (*sent.values(), *ours.values()):
@@ -103,8 +122,8 @@ def test_the_template_browser_offers_our_workflows(editor):
     entry = dialog.get_by_text("stretto", exact=True)
     entry.first.scroll_into_view_if_needed()
     entry.first.click()
-    for kind in KINDS:
-        dialog.get_by_text(f"demo-image-{kind}", exact=True).wait_for()
+    for medium, kind in itertools.product(MEDIA, KINDS):
+        dialog.get_by_text(f"demo-{medium}-{kind}", exact=True).wait_for()
     editor.wait_for_timeout(1000)
     editor.screenshot(path=SCREENSHOTS / "templates.png")
     dialog.get_by_text("demo-image-taylor", exact=True).click()

@@ -1,6 +1,7 @@
 """The real ComfyUI runs the shipped workflows: exact where exactness is promised, clear where something is wrong."""
 
 import functools
+import itertools
 import json
 import time
 
@@ -11,7 +12,7 @@ import pytest
 from stretto.web.panel.measure.workflow import BYPASSED, ui_to_api
 
 from .comfy_api import Refused
-from .shipped import ACCELERATED, KINDS, ROOT, key_of, load_ui
+from .shipped import ACCELERATED, KINDS, MEDIA, ROOT, key_of, load_ui
 
 STEPS = 28
 
@@ -46,9 +47,11 @@ def test_comfyui_loaded_the_pack_without_complaints(server):
 
 
 def test_the_templates_are_offered(comfy):
-    assert set(comfy.get("/workflow_templates")["stretto"]) >= {f"demo-image-{kind}" for kind in KINDS}
-    for kind in KINDS:
-        assert comfy.get(f"/api/workflow_templates/stretto/demo-image-{kind}.json") == load_ui(kind)
+    offered = comfy.get("/workflow_templates")["stretto"]
+    for medium, kind in itertools.product(MEDIA, KINDS):
+        name = f"demo-{medium}-{kind}"
+        assert name in offered
+        assert comfy.get(f"/api/workflow_templates/stretto/{name}.json") == load_ui(kind, medium)
 
 
 @pytest.mark.parametrize("kind", KINDS)

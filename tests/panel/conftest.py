@@ -1,6 +1,7 @@
 """Fixtures of the panel's tests: the pack as `stretto`, a fake ComfyUI, and a small workflow."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -83,6 +84,32 @@ def workflow():
         "10": {"class_type": "StrettoReport", "inputs": {"samples": ["5", 0]}},
         "11": {"class_type": "PreviewImage", "inputs": {"images": ["10", 0]}},
     }
+
+
+@pytest.fixture
+def video_workflow(workflow):
+    """The demo video workflow: clips of 5 frames, written to a file that nobody can measure."""
+    graph = workflow
+    graph["12"] = {"class_type": "ModelSamplingSD3", "inputs": {"model": ["1", 0], "shift": 3.0}}
+    graph["2"]["inputs"]["model"] = ["12", 0]
+    for key in ("3", "4"):
+        graph[key]["inputs"]["model"] = "video"
+    graph["6"] = {
+        "class_type": "EmptyHunyuanLatentVideo",
+        "inputs": {"width": 64, "height": 64, "length": 5, "batch_size": 1},
+    }
+    graph["9"] = {"class_type": "CreateVideo", "inputs": {"images": ["8", 0], "fps": 8.0}}
+    graph["13"] = {
+        "class_type": "SaveVideo",
+        "inputs": {"video": ["9", 0], "filename_prefix": "x", "format": "auto", "codec": "auto"},
+    }
+    return graph
+
+
+@pytest.fixture
+def schema():
+    """The JSON Schema of a report."""
+    return json.loads((ROOT / "acceleration" / "schemas" / "report.v1.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture

@@ -23,7 +23,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-CORE = ("UNETLoader", "VAELoader", "EmptySD3LatentImage", "KSampler", "VAEDecode", "SaveImage", "PreviewImage")
+CORE = (
+    "UNETLoader",
+    "VAELoader",
+    "EmptySD3LatentImage",
+    "EmptyHunyuanLatentVideo",
+    "ModelSamplingSD3",
+    "KSampler",
+    "VAEDecode",
+    "SaveImage",
+    "PreviewImage",
+)
 PACK = ("StrettoCache", "StrettoMeasure", "StrettoReport")
 TEXT = "StrettoDemoText"
 SKIPPED_COST = 0.05
@@ -214,24 +224,30 @@ class FakeComfy:
         text = next(node["inputs"]["text"] for node in api.values() if "text" in node["inputs"])
         steps, seed = api[sampler]["inputs"]["steps"], api[sampler]["inputs"]["seed"]
         batch = next(node["inputs"]["batch_size"] for node in api.values() if "batch_size" in node["inputs"])
+        length = next((node["inputs"]["length"] for node in api.values() if "length" in node["inputs"]), 1)
         references = []
+        # Like VAEDecode on a batch of clips: all frames of the first, then all of the second.
         for index in range(batch):
-            name = f"{key}-{index}.png"
-            self.files[name] = picture(text, seed + index, steps, cache is not None, self.side)
-            references.append({"filename": name, "subfolder": "", "type": "temp"})
+            for frame in range(length):
+                name = f"{key}-{index}-{frame}.png"
+                self.files[name] = picture(text, seed + index, steps, cache is not None, self.side, frame)
+                references.append({"filename": name, "subfolder": "", "type": "temp"})
         output = next(k for k, node in api.items() if node["class_type"] in ("SaveImage", "PreviewImage"))
         self.history[key] = {"outputs": {output: {"images": references}}, "status": {"completed": True, "messages": []}}
         if "StrettoMeasure" in [node["class_type"] for node in api.values()]:
             self.traces[key] = [trace(key, steps, cache, 0.01 * self.drift(number))]
 
 
-def picture(text: str, seed: int, steps: int, accelerated: bool, side: int) -> bytes:
-    """PNG: a smooth pattern of the prompt and seed, disturbed the more the fewer steps were computed."""
+def picture(text: str, seed: int, steps: int, accelerated: bool, side: int, frame: int = 0) -> bytes:
+    """PNG: a smooth pattern of the prompt and seed, disturbed the more the fewer steps were computed.
+
+    From frame to frame the pattern wanders and the disturbance is another one.
+    """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{text}{seed}".encode()).digest()[:4], "big"))
     y, x = np.mgrid[0:side, 0:side] / side
     waves = rng.uniform(1, 6, (3, 3))
-    clean = np.stack([np.sin(2 * np.pi * (a * x + b * y + c)) for a, b, c in waves], axis=-1) * 90 + 128
-    noise = rng.normal(size=clean.shape) * (60.0 / steps + (0.8 if accelerated else 0.0))
+    clean = np.stack([np.sin(2 * np.pi * (a * x + b * y + c + frame / 20)) for a, b, c in waves], axis=-1) * 90 + 128
+    noise = rng.normal(size=(frame + 1, *clean.shape))[-1] * (60.0 / steps + (0.8 if accelerated else 0.0))
     buffer = io.BytesIO()
     Image.fromarray(np.clip(clean + noise, 0, 255).astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()

@@ -46,6 +46,14 @@ def test_compare_prints_a_table_and_writes_the_report(compare, capsys, tmp_path)
     assert (tmp_path / "out" / "index.html").exists()
 
 
+def test_compare_prints_the_scores_of_clips(compare, video_workflow, tmp_path, capsys):
+    (tmp_path / "image-taylor.json").write_text(json.dumps(video_workflow), encoding="utf-8")
+    assert compare("--prompts", "a cat", "--batch", "2") == 0
+    text = capsys.readouterr().out
+    assert "PSNR of changes" in text and "in the worst frame" in text
+    assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["settings"]["frames"] == 5
+
+
 def test_compare_prints_json_alone(compare, capsys):
     assert compare("--json", "--batch", "2", "--seed", "3", "--steps", "12", "--no-fewer-steps") == 0
     captured = capsys.readouterr()

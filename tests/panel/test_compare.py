@@ -41,13 +41,6 @@ def arm_of(report, name):
     return next(arm for arm in report["arms"] if arm["name"] == name)
 
 
-@pytest.fixture
-def schema(pytestconfig):
-    return json.loads(
-        (pytestconfig.rootpath / "acceleration" / "schemas" / "report.v1.json").read_text(encoding="utf-8")
-    )
-
-
 def test_a_comparison_measures_what_the_server_did(run):
     report, server = run()
     assert [arm["role"] for arm in report["arms"]] == ["plain", "accelerated", "fewer-steps", "reference"]

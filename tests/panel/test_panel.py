@@ -5,6 +5,7 @@ import socket
 import time
 from pathlib import Path
 
+import gradio as gr
 import httpx
 import pytest
 
@@ -40,7 +41,8 @@ def test_a_run_fills_the_page(session):
     state = finish(session)
     page = views.page_of(state)
     assert state.error is None and "1.5" in page.progress and "speed of the plain run" in page.progress
-    assert page.slider[0].size == (512, 512), "64 pixels, each eight times"
+    assert page.slider["value"][0].size == (512, 512), "64 pixels, each eight times"
+    assert page.slider["visible"] and not page.clip["visible"]
     assert [choice for choice, _ in page.picture.choices] == [
         "flat hot dog (seed 7)",
         "noto bus (seed 7)",
@@ -49,7 +51,7 @@ def test_a_run_fills_the_page(session):
     assert Path(page.export.value["path"] if isinstance(page.export.value, dict) else page.export.value).exists()
     assert "image-taylor.json --prompts 'flat hot dog' 'noto bus' --seed 7 --steps 12" in state.report["command"]
     other = views.slider_pair(session.report, session.folder, "noto bus (seed 7)")
-    assert other[0].tobytes() != page.slider[0].tobytes()
+    assert other[0].tobytes() != page.slider["value"][0].tobytes()
     assert views.slider_pair(session.report, session.folder, "no such picture") is None
 
 
@@ -111,6 +113,12 @@ def test_defaults_come_from_the_workflow(session, place):
     assert app.workflow_defaults(config, "image-taylor.json") == ["flat hot dog", 7, 28]
     assert app.workflow_defaults(config, "../secret.json")[0]["__type__"] == "update"
     assert app.workflow_files(place[0] / "nowhere") == []
+
+
+@pytest.mark.parametrize("chosen,first", [("image-plain.json", "image-plain.json"), ("gone.json", "image-taylor.json")])
+def test_the_page_can_begin_with_another_workflow(place, chosen, first):
+    with gr.Blocks():
+        assert app._controls(app.PanelConfig("http://x", *place, chosen=chosen)).workflow.value == first
 
 
 def test_the_page_is_served_on_loopback_with_nothing_from_outside(session, place):

@@ -12,7 +12,7 @@ CLASSES = (
     "UNETLoader", "VAELoader", "KSampler", "KSamplerAdvanced", "EmptySD3LatentImage", "VAEDecode", "SaveImage",
     "LoadImage", "ModelSamplingSD3", "CLIPTextEncode", "PrimitiveInt", "PrimitiveFloat", "PrimitiveString",
     "ImageBlend", "LatentComposite", "RandomNoise", "BasicScheduler", "StrettoCache", "StrettoMeasure",
-    "StrettoReport", "StrettoDemoText",
+    "StrettoReport", "StrettoDemoText", "EmptyHunyuanLatentVideo", "CreateVideo", "SaveVideo",
 )
 
 

@@ -18,9 +18,10 @@ def nodes_of(ui: dict[str, Any]) -> list[dict[str, Any]]:
     return [node for node in ui["nodes"] if node["type"] not in COMMENTS]
 
 
-def test_the_three_demo_workflows_exist():
+@pytest.mark.parametrize("medium", ["image", "video"])
+def test_the_demo_workflows_exist(medium):
     assert {path.stem for path in WORKFLOWS.glob("*.json")} >= {
-        "demo-image-plain", "demo-image-easycache", "demo-image-taylor",
+        f"demo-{medium}-{kind}" for kind in ("plain", "easycache", "taylor")
     }
 
 
@@ -73,7 +74,8 @@ def test_widget_values_are_complete_and_allowed(shipped, object_info, workflow):
         stored = len(schema.widgets) + sum(widget.has_control for widget in schema.widgets)
         assert len(node["widgets_values"]) == stored
         for widget in schema.widgets:
-            spec = object_info[node["type"]]["input"]["required"][widget.name]
+            inputs = object_info[node["type"]]["input"]
+            spec = {**inputs.get("optional", {}), **inputs["required"]}[widget.name]
             options = spec[1] if len(spec) > 1 else {}
             value = api[str(node["id"])]["inputs"][widget.name]
             if widget.kind in ("INT", "FLOAT"):
@@ -104,10 +106,11 @@ def test_nodes_do_not_overlap(shipped):
             assert apart, f"nodes {first} and {second} overlap"
 
 
-@pytest.mark.parametrize("name", ["demo-image-easycache", "demo-image-taylor"])
-def test_an_accelerated_workflow_is_the_plain_one_and_a_cache(name, object_info, workflow):
+@pytest.mark.parametrize("medium", ["image", "video"])
+@pytest.mark.parametrize("kind", ["easycache", "taylor"])
+def test_an_accelerated_workflow_is_the_plain_one_and_a_cache(medium, kind, object_info, workflow):
     plain, accelerated = (
-        json.loads((WORKFLOWS / f"{stem}.json").read_text(encoding="utf-8")) for stem in ("demo-image-plain", name)
+        json.loads((WORKFLOWS / f"demo-{medium}-{name}.json").read_text(encoding="utf-8")) for name in ("plain", kind)
     )
     for node in accelerated["nodes"]:
         if node["type"] == "StrettoCache":
@@ -117,6 +120,35 @@ def test_an_accelerated_workflow_is_the_plain_one_and_a_cache(name, object_info,
     for node in (*bypassed.values(), *wanted.values()):
         node["inputs"].pop("filename_prefix", None)
     assert bypassed == wanted
+
+
+def test_the_text_is_made_for_the_model_it_goes_to(shipped):
+    models = {node["widgets_values"][0] for node in shipped["nodes"] if node["type"] == "UNETLoader"}
+    texts = [node["widgets_values"] for node in shipped["nodes"] if node["type"] == "StrettoDemoText"]
+    assert {f"stretto-demo-{model}.safetensors" for _, model in texts} == models and len(texts) == 2
+
+
+def test_a_workflow_saved_before_the_text_had_a_model_means_pictures(object_info, workflow):
+    ui = json.loads((WORKFLOWS / "demo-image-taylor.json").read_text(encoding="utf-8"))
+    wanted = workflow.ui_to_api(ui, object_info)
+    for node in ui["nodes"]:
+        if node["type"] == "StrettoDemoText":
+            del node["inputs"][1:], node["widgets_values"][1:]
+    assert workflow.ui_to_api(ui, object_info) == wanted
+    assert {node["inputs"]["model"] for node in wanted.values() if node["class_type"] == "StrettoDemoText"} == {"image"}
+
+
+@pytest.mark.parametrize("stem", ["demo-video-plain", "demo-video-easycache", "demo-video-taylor"])
+def test_a_video_workflow_is_measured_on_lossless_frames(stem, object_info, workflow):
+    from stretto.web.panel.measure import arms
+
+    api = workflow.ui_to_api(json.loads((WORKFLOWS / f"{stem}.json").read_text(encoding="utf-8")), object_info)
+    assert arms.get_frame_rate(api) == 8.0 and arms.get_batch(api) == 1
+    prepared = arms.prepare(api)
+    outputs = [node for node in prepared.values() if object_info[node["class_type"]].get("output_node")]
+    (source,) = (prepared[node["inputs"]["images"][0]]["class_type"] for node in outputs)
+    assert [node["class_type"] for node in outputs] == ["PreviewImage"] and source == "VAEDecode"
+    arms.set_prompt(arms.set_seed(arms.set_steps(arms.set_batch(prepared, 2), 9), 5), "fluent red heart")
 
 
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)

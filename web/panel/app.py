@@ -31,13 +31,17 @@ STATUS_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class PanelConfig:
-    """Where ComfyUI answers, where workflows and reports lie, and where the page listens."""
+    """Where ComfyUI answers, where workflows and reports lie, where the page listens, and what it begins with.
+
+    `chosen` is the name of a workflow file; None, or a name that is not in the folder, takes the first.
+    """
 
     server: str
     workflows: Path
     out: Path
     host: str = "127.0.0.1"
     port: int = 7860
+    chosen: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,14 @@ class Output:
     progress: gr.HTML
     picture: gr.Dropdown
     slider: gr.ImageSlider
+    clip: gr.HTML
     table: gr.HTML
     timeline: gr.HTML
     export: gr.DownloadButton
 
     def outputs(self) -> list[Any]:
         """The components in the order of `views.Page.updates`."""
-        return [self.progress, self.picture, self.slider, self.table, self.timeline, self.export]
+        return [self.progress, self.picture, self.slider, self.clip, self.table, self.timeline, self.export]
 
 
 def workflow_files(folder: Path) -> list[str]:
@@ -92,21 +97,21 @@ def build_app(config: PanelConfig) -> gr.Blocks:
             status = gr.HTML(elem_classes="status")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                controls = _controls(config.workflows)
+                controls = _controls(config)
             with gr.Column(scale=3, min_width=320):
                 output = _output()
         _wire(page, config, session, controls, output, status)
     return page
 
 
-def _controls(folder: Path) -> Controls:
+def _controls(config: PanelConfig) -> Controls:
     """The left column."""
-    names = workflow_files(folder)
+    names = workflow_files(config.workflows)
     workflow = gr.Dropdown(
         names,
-        value=names[0] if names else None,
+        value=config.chosen if config.chosen in names else next(iter(names), None),
         label="Workflow",
-        info="Its Stretto nodes are bypassed for the plain picture.",
+        info="Its Stretto nodes are bypassed for the plain picture or clip.",
     )
     prompts = gr.Textbox(label="Prompts", lines=3, max_lines=8, info="One per line; empty takes the workflow's own.")
     with gr.Row():
@@ -117,7 +122,7 @@ def _controls(folder: Path) -> Controls:
     )
     fewer = gr.Checkbox(value=True, label="Also fewer steps", info="The competitor that costs nothing.")
     reference = gr.Checkbox(
-        value=False, label="Also a 200-step reference", info="Shows which picture is nearer the exact one."
+        value=False, label="Also a 200-step reference", info="Shows which result is nearer the exact one."
     )
     with gr.Row():
         run = gr.Button("Run", variant="primary", elem_id="run", min_width=100)
@@ -140,12 +145,13 @@ def _output() -> Output:
                 elem_id="slider",
                 buttons=["fullscreen"],
             )
+            clip = gr.HTML(visible=False, elem_id="clip")
         with gr.Column(scale=1, min_width=220):
             picture = gr.Dropdown([], label="Picture", interactive=True, visible=False, elem_id="picture")
             export = gr.DownloadButton("Export report (HTML)", visible=False, elem_id="export")
     table = gr.HTML(elem_id="table")
     timeline = gr.HTML(elem_id="timeline")
-    return Output(progress, picture, slider, table, timeline, export)
+    return Output(progress, picture, slider, clip, table, timeline, export)
 
 
 def _wire(
@@ -171,8 +177,10 @@ def _wire(
         for state in session.watch():
             yield views.page_of(state).updates()
 
-    def choose(choice: str) -> Any:
-        return views.slider_pair(session.report, session.folder, choice)
+    def choose(choice: str) -> list[Any]:
+        if session.report is None or session.folder is None:
+            return [gr.skip(), gr.skip()]
+        return [view(session.report, session.folder, choice) for view in (views.slider_of, views.clip_of)]
 
     def stop() -> str:
         session.stop()
@@ -186,7 +194,7 @@ def _wire(
     controls.workflow.change(defaults, controls.workflow, settings, show_progress="hidden")
     controls.run.click(start, controls.inputs(), output.outputs(), show_progress="hidden", concurrency_limit=None)
     controls.stop.click(stop, outputs=output.progress, show_progress="hidden")
-    output.picture.input(choose, output.picture, output.slider, show_progress="hidden")
+    output.picture.input(choose, output.picture, [output.slider, output.clip], show_progress="hidden")
 
 
 def workflow_defaults(config: PanelConfig, name: str | None) -> list[Any]:

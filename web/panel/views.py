@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from .measure.compare import Progress
+from .measure.gallery import clip_view, is_clips
 from .measure.metrics import read_rgb
 from .measure.pictures import TINY, enlarge
-from .measure.report import Report, table_html, timeline_rows
+from .measure.report import Report, clip_html, table_html, timeline_rows
 from .measure.table import format_seconds
 from .measure.timeline import timeline_svg
 from .session import State, export_path
@@ -27,13 +28,14 @@ class Page:
     progress: Any = field(default_factory=gr.skip)
     picture: Any = field(default_factory=gr.skip)
     slider: Any = field(default_factory=gr.skip)
+    clip: Any = field(default_factory=gr.skip)
     table: Any = field(default_factory=gr.skip)
     timeline: Any = field(default_factory=gr.skip)
     export: Any = field(default_factory=gr.skip)
 
     def updates(self) -> list[Any]:
         """In the order of the page's outputs."""
-        return [self.progress, self.picture, self.slider, self.table, self.timeline, self.export]
+        return [self.progress, self.picture, self.slider, self.clip, self.table, self.timeline, self.export]
 
 
 def page_of(state: State) -> Page:
@@ -47,8 +49,14 @@ def page_of(state: State) -> Page:
     choices = choices_of(state.report)
     return Page(
         progress=finished(state.report),
-        picture=gr.Dropdown(choices=choices, value=choices[0] if choices else None, visible=len(choices) > 1),
-        slider=slider_pair(state.report, state.folder, choices[0] if choices else ""),
+        picture=gr.Dropdown(
+            choices=choices,
+            value=choices[0] if choices else None,
+            visible=len(choices) > 1,
+            label="Clip" if is_clips(state.report) else "Picture",
+        ),
+        slider=slider_of(state.report, state.folder, choices[0] if choices else ""),
+        clip=clip_of(state.report, state.folder, choices[0] if choices else ""),
         table=f'<div class="stretto embedded">{table_html(state.report)}</div>',
         timeline=f'<div class="stretto embedded"><div class="scroll">{timeline_svg(timeline_rows(state.report))}</div></div>',
         export=gr.DownloadButton(value=str(export_path(state.folder)), visible=True),
@@ -69,7 +77,7 @@ def status(server: str, facts: dict[str, Any] | None, problem: str | None) -> st
 
 def idle() -> str:
     """Before the first run."""
-    return '<p class="line">Press Run: both ways run in turn, the first round is discarded, and the pictures appear here.</p>'
+    return '<p class="line">Press Run: both ways run in turn, the first round is discarded, and the results appear here.</p>'
 
 
 def stopping() -> str:
@@ -110,11 +118,11 @@ def finished(report: Report) -> str:
     return f'<div class="headline">{first}{notes}</div>'
 
 
-# Pictures
+# Pictures and clips
 
 
 def choices_of(report: Report) -> list[str]:
-    """One choice per prompt and seed that has both pictures."""
+    """One choice per prompt and seed that has both pictures or clips."""
     return [_choice(cell) for cell in report["cells"] if _pair(report, cell) is not None]
 
 
@@ -122,13 +130,32 @@ def _choice(cell: dict[str, Any]) -> str:
     return f"{cell['prompt']} (seed {cell['seed']})"
 
 
+def _rival(report: Report) -> str | None:
+    """Name of the arm that is shown beside the plain one."""
+    return next((arm["name"] for arm in report["arms"] if arm["role"] == "accelerated"), None)
+
+
 def _pair(report: Report, cell: dict[str, Any]) -> tuple[str, str] | None:
     """Files of the plain and the first accelerated picture of a cell."""
-    rival = next((arm["name"] for arm in report["arms"] if arm["role"] == "accelerated"), None)
-    pictures = cell["pictures"]
+    rival, pictures = _rival(report), cell["pictures"]
     if rival not in pictures or "plain" not in pictures:
         return None
     return pictures["plain"]["files"][0], pictures[rival]["files"][0]
+
+
+def slider_of(report: Report, folder: Path, choice: str) -> Any:
+    """The slider for a choice; it cannot show anything that moves, so it hides for clips."""
+    clips = is_clips(report)
+    return gr.update(value=None if clips else slider_pair(report, folder, choice), visible=not clips)
+
+
+def clip_of(report: Report, folder: Path, choice: str) -> Any:
+    """Both clips of a choice and their difference, moving side by side; hidden where there are only pictures."""
+    for cell in report["cells"] if is_clips(report) else []:
+        if _pair(report, cell) is not None and _choice(cell) == choice:
+            view = clip_view(report, folder, cell, ("plain", _rival(report)))
+            return gr.update(value=f'<div class="stretto embedded">{clip_html(view)}</div>', visible=True)
+    return gr.update(visible=False)
 
 
 def slider_pair(report: Report | None, folder: Path | None, choice: str) -> tuple[Image.Image, Image.Image] | None:

@@ -22,6 +22,15 @@ SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvan
 MEASURE = "StrettoMeasure"
 REPORT = "StrettoReport"
 PREFIX = "Stretto"
+# Nodes that turn frames into a moving picture, and their input for frames per second.
+VIDEO_WRITERS = {
+    "CreateVideo": "fps",
+    "SaveWEBM": "fps",
+    "SaveAnimatedWEBP": "fps",
+    "SaveAnimatedPNG": "fps",
+    "VHS_VideoCombine": "frame_rate",
+}
+USUAL_RATE = 16.0  # frames per second of Wan's clips, where a workflow does not say
 ROLES = ("plain", "accelerated", "fewer-steps", "reference")
 # KSampler treats every denoise above 0.9999 as 1: room for a nonce where StrettoMeasure does not exist.
 FULL_DENOISE, DENOISE_QUANTUM = 0.9999, 1e-12
@@ -202,7 +211,7 @@ def set_steps(api: Api, steps: int) -> Api:
 
 
 def set_batch(api: Api, batch: int) -> Api:
-    """Set how many pictures one run makes."""
+    """Set how many pictures or clips one run makes."""
     if batch < 1:
         raise WorkflowError(f"The batch size must be at least 1, not {batch}.")
     return _set(api, _batch_holders(api), batch, "batch size above the sampler's latent input")
@@ -240,6 +249,22 @@ def get_steps(api: Api) -> int | None:
 def get_batch(api: Api) -> int | None:
     """The batch size as the workflow has it."""
     return _read(api, _batch_holders(api))
+
+
+def get_frame_rate(api: Api) -> float | None:
+    """Frames per second of the clips that the workflow makes; None when it makes pictures.
+
+    Clips are told by a node that writes a video, or by the `length` of the latent that is sampled.
+    """
+    for node in api.values():
+        if node["class_type"] in VIDEO_WRITERS and is_link(node["inputs"].get("images")):
+            rate = node["inputs"].get(VIDEO_WRITERS[node["class_type"]])
+            return float(rate) if isinstance(rate, int | float) and rate > 0 else USUAL_RATE
+    for key in sampler_ids(api):
+        latent = api[key]["inputs"].get("latent_image")
+        if _upstream(api, latent, lambda node: "length" in node and "width" in node and node["length"] != 1):
+            return USUAL_RATE
+    return None
 
 
 def accelerators(api: Api) -> list[str]:
@@ -295,8 +320,23 @@ def remove(api: Api, class_types: Iterable[str]) -> Api:
 
 
 def prepare(api: Api) -> Api:
-    """A workflow fit for measuring: nothing is drawn, and pictures become previews, so that no file is left behind."""
+    """A workflow fit for measuring: nothing is drawn, and pictures become previews, so that no file is left behind.
+
+    Video files lose detail, so of a workflow that writes videos the frames of the first one become previews (PNG).
+    """
     edited = remove(api, [REPORT])
+    videos = [
+        (key, node["inputs"]["images"])
+        for key, node in edited.items()
+        if node["class_type"] in VIDEO_WRITERS and is_link(node["inputs"].get("images"))
+    ]
+    if videos:
+        edited = remove(edited, [*VIDEO_WRITERS, "SaveImage", "PreviewImage"])
+        key, frames = videos[0]
+        if frames[0] not in edited:
+            raise WorkflowError(f"The frames of node {key} are made from another video, which cannot be measured.")
+        edited[key] = {"class_type": "PreviewImage", "inputs": {"images": list(frames)}}
+        return edited
     saving = [key for key, node in edited.items() if node["class_type"] == "SaveImage"]
     if saving:
         edited = remove(edited, ["PreviewImage"])

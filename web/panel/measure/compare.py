@@ -89,6 +89,7 @@ class _Comparison:
         self.cells: list[Cell] = []
         self.measurements: list[Measurement] = []
         self.notes: list[str] = []
+        self.frame_rate: float | None = None  # of clips; None when the workflow makes pictures
         self.total = self.done = 0
 
     def plan(
@@ -107,6 +108,7 @@ class _Comparison:
         if not prompts:
             raise WorkflowError("The workflow has no prompt text, so give one with the comparison.")
         self.cells = cells_of(prompts, seeds or [edit.get_seed(plain_workflow) or 0])
+        self.frame_rate = edit.get_frame_rate(plain_workflow)
         for arm in [Arm("plain", "Plain", plain_workflow, "plain"), *arms]:
             workflow = edit.prepare(arm.workflow)
             workflow = edit.set_batch(workflow, batch) if batch is not None else workflow
@@ -218,7 +220,7 @@ class _Comparison:
                 f"The server took sampler node {cached.pop()} from its node cache, so nothing was measured."
             )
         traces = self.client.traces(result.prompt_id) if self.with_pack else None
-        pictures, pixels = ([], "") if slot.warmup else self._pictures(slot, result.outputs)
+        pictures, pixels, frames = ([], "", 1) if slot.warmup else self._pictures(slot, result.outputs)
         return Measurement(
             slot.arm.name,
             slot.cell.index,
@@ -232,6 +234,7 @@ class _Comparison:
             traces,
             pictures,
             pixels,
+            frames,
         )
 
     def _workflow(self, slot: Slot) -> Api:
@@ -242,19 +245,38 @@ class _Comparison:
             edit.ensure_measure(workflow, nonce) if self.with_pack else edit.defeat_cache_without_pack(workflow, nonce)
         )
 
-    def _pictures(self, slot: Slot, outputs: dict[str, Any]) -> tuple[list[str], str]:
-        """Fetch the run's pictures, keep those of the first repeat as files, and hash the pixels of all."""
+    def _pictures(self, slot: Slot, outputs: dict[str, Any]) -> tuple[list[str], str, int]:
+        """Fetch the run's pictures, keep those of the first repeat as files, hash the pixels of all; count a clip's.
+
+        The frames of a batch of clips come as one list, clip after clip.
+        """
         digest, names = hashlib.sha256(), []
-        references = [image for output in outputs.values() for image in output.get("images", [])]
+        references = [
+            image
+            for output in outputs.values()
+            if not any(output.get("animated", ()))  # a video file, from a node that `prepare` does not know
+            for image in output.get("images", [])
+        ]
+        frames = self._frames_per_clip(slot, len(references))
         for index, reference in enumerate(references):
             pixels = read_rgb(self.client.fetch_image(reference))
             digest.update(pixels.tobytes())
             if slot.repeat == 0:
-                names.append(f"{PICTURES}/{slot.arm.name}-{slot.cell.index:03d}-{index}.png")
+                number = f"{index // frames}-{index % frames:03d}" if frames > 1 else str(index)
+                names.append(f"{PICTURES}/{slot.arm.name}-{slot.cell.index:03d}-{number}.png")
                 path = self.folder / names[-1]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(png_bytes(pixels))
-        return names, digest.hexdigest() if references else ""
+        return names, digest.hexdigest() if references else "", frames
+
+    def _frames_per_clip(self, slot: Slot, count: int) -> int:
+        """How many of `count` pictures of a run make a clip; 1 where the workflow makes pictures."""
+        if self.frame_rate is None or count == 0:
+            return 1
+        batch = edit.get_batch(slot.arm.workflow) or 1
+        if count % batch:
+            raise MeasureError(f"The run made {count} frames, which cannot be {batch} clips of one length.")
+        return count // batch
 
     # Bookkeeping
 
@@ -283,6 +305,7 @@ class _Comparison:
         plain = self.arms[0].workflow
         inputs = plain[edit.sampler_ids(plain)[0]]["inputs"]
         sampler = {name: value for name, value in inputs.items() if not edit.is_link(value)}
+        frames = max((m.frames for m in self.measurements), default=1)
         return {
             "prompts": list(dict.fromkeys(cell.prompt for cell in self.cells)),
             "seeds": list(dict.fromkeys(cell.seed for cell in self.cells)),
@@ -291,6 +314,8 @@ class _Comparison:
             "steps": edit.get_steps(plain),
             "reference_steps": reference_steps,
             "batch": edit.get_batch(plain),
+            "frames": frames if frames > 1 else None,
+            "frame_rate": self.frame_rate if frames > 1 else None,
             "sampler": sampler.get("sampler_name"),
             "scheduler": sampler.get("scheduler"),
             "cfg": sampler.get("cfg"),

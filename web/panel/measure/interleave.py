@@ -45,7 +45,8 @@ class Slot:
 class Measurement:
     """One finished run. `seconds` is wall time of the whole run, `traces` the pack's (None without the pack).
 
-    `pictures` are file names relative to the folder of the report; `pixels` hashes all pixels of the run.
+    `pictures` are file names relative to the folder of the report; `pixels` hashes all pixels of the run. With
+    `frames` above 1 they are the frames of clips, that many to a clip, one clip after the other.
     """
 
     arm: str
@@ -60,6 +61,7 @@ class Measurement:
     traces: list[dict[str, Any]] | None = None
     pictures: list[str] = field(default_factory=list)
     pixels: str = ""
+    frames: int = 1
 
     @property
     def warmup(self) -> bool:

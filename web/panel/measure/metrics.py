@@ -50,6 +50,26 @@ def ssim(first: np.ndarray, second: np.ndarray) -> float:
     return float(structural_similarity(first, second, data_range=255, channel_axis=2, win_size=window))
 
 
+def change_psnr(first: np.ndarray, second: np.ndarray) -> float:
+    """PSNR in dB of the frame-to-frame changes of two uint8 clips [F, H, W, 3], F at least 2.
+
+    A change is a frame minus the one before it, the peak is 255, and the error is averaged over all changes: low
+    where frames are alike one by one but flicker or move differently. Infinite when all changes are the same.
+    """
+    _same_shape(first, second)
+    if len(first) < 2:
+        raise ValueError(f"Changes between frames need at least 2 frames, not {len(first)}.")
+    # The difference of two changes is the change of the difference; frame by frame, since long clips are large.
+    apart = (a.astype(np.float64) - b for a, b in zip(first, second))
+    before = next(apart)
+    errors = []
+    for now in apart:
+        errors.append(np.mean((now - before) ** 2))
+        before = now
+    error = float(np.mean(errors))
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
 def _same_shape(first: np.ndarray, second: np.ndarray) -> None:
     if first.shape != second.shape:
         raise ValueError(f"Pictures of different sizes cannot be compared: {first.shape} and {second.shape}.")

@@ -16,9 +16,9 @@ from markupsafe import Markup, escape
 
 from .arms import Arm
 from .errors import ReportError
+from .gallery import gallery, is_clips
 from .interleave import Cell, Measurement
-from .metrics import read_rgb
-from .pictures import DIFFERENCE_GAIN, TINY, data_uri, difference
+from .pictures import DIFFERENCE_GAIN
 from .summary import arm_row, by_arm, score_pictures
 from .table import columns, format_bytes, format_count, format_decibel, format_ratio, format_seconds
 from .timeline import timeline_svg
@@ -60,7 +60,7 @@ def build_report(results: Results) -> Report:
     report: Report = {
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "headline": headline(arms),
+        "headline": headline(arms, bool(results.settings.get("frames"))),
         "command": results.command,
         "server": results.server,
         "settings": results.settings,
@@ -74,19 +74,19 @@ def build_report(results: Results) -> Report:
 
 def _cell_entry(results: Results, cell: Cell, runs: dict[str, list[Measurement]]) -> dict[str, Any]:
     """Prompt, seed and the pictures of every arm with their scores."""
-    files = {
-        name: next((m.pictures for m in found if m.cell == cell.index and m.pictures), None)
-        for name, found in runs.items()
+    shown = {
+        name: next((m for m in found if m.cell == cell.index and m.pictures), None) for name, found in runs.items()
     }
+    files = {name: run.pictures for name, run in shown.items() if run is not None}
     pictures = {
         name: score_pictures(
             results.folder,
             found,
             files.get("plain") if name != "plain" else None,
             files.get("reference") if name != "reference" else None,
+            shown[name].frames,
         )
         for name, found in files.items()
-        if found
     }
     return {"index": cell.index, "prompt": cell.prompt, "seed": cell.seed, "pictures": pictures}
 
@@ -104,12 +104,12 @@ def _measurement_entry(measurement: Measurement) -> dict[str, Any]:
     }
 
 
-def headline(arms: Sequence[dict[str, Any]]) -> list[str]:
-    """What a reader should know first: one sentence per arm that is not the baseline."""
-    return [_sentence(arm) for arm in arms if arm["role"] in ("accelerated", "fewer-steps") and arm["runs"]]
+def headline(arms: Sequence[dict[str, Any]], clips: bool = False) -> list[str]:
+    """What a reader should know first: one sentence per arm that is not the baseline. `clips`: pictures are frames."""
+    return [_sentence(arm, clips) for arm in arms if arm["role"] in ("accelerated", "fewer-steps") and arm["runs"]]
 
 
-def _sentence(arm: dict[str, Any]) -> str:
+def _sentence(arm: dict[str, Any], clips: bool) -> str:
     """Speed and fidelity of one arm in words."""
     ratio, where = arm["ratio"]["sampler"], "in the sampler"
     if ratio is None:
@@ -121,10 +121,14 @@ def _sentence(arm: dict[str, Any]) -> str:
     if psnr is None:
         return f"{arm['label']}: {speed}."
     if psnr["identical"] == psnr["count"]:
-        return f"{arm['label']}: {speed}, identical pictures."
+        return f"{arm['label']}: {speed}, identical {'clips' if clips else 'pictures'}."
+    closeness = f"{arm['label']}: {speed}, PSNR to plain {format_decibel(psnr['mean'])} on average"
+    change = arm["quality"]["change_psnr"]
+    if not clips or change is None:
+        return f"{closeness}, {format_decibel(psnr['worst'])} at worst."
     return (
-        f"{arm['label']}: {speed}, PSNR to plain {format_decibel(psnr['mean'])} on average, "
-        f"{format_decibel(psnr['worst'])} at worst."
+        f"{closeness}, {format_decibel(psnr['worst'])} in the worst frame, "
+        f"{format_decibel(change['mean'])} for the changes from frame to frame."
     )
 
 
@@ -218,6 +222,7 @@ def render_html(report: Report, folder: Path) -> str:
         columns=columns(report),
         style=Markup(STYLE.read_text(encoding="utf-8")),
         timeline=Markup(timeline_svg(timeline_rows(report))),
+        clips=is_clips(report),
         gallery=gallery(report, folder),
         gain=DIFFERENCE_GAIN,
     )
@@ -244,45 +249,9 @@ def timeline_rows(report: Report) -> list[tuple[str, dict[str, Any]]]:
     return [(arm["label"], trace) for arm in report["arms"] if arm["role"] != "reference" for trace in arm["traces"]]
 
 
-def gallery(report: Report, folder: Path) -> list[dict[str, Any]]:
-    """Per cell: the first picture of every arm as data address, its scores, and its difference to the plain one."""
-    cells = []
-    for cell in report["cells"]:
-        if "plain" not in cell["pictures"]:
-            continue
-        plain = read_rgb((folder / cell["pictures"]["plain"]["files"][0]).read_bytes())
-        shots = []
-        for arm in report["arms"]:
-            entry = cell["pictures"].get(arm["name"])
-            if entry is None:
-                continue
-            pixels = plain if arm["name"] == "plain" else read_rgb((folder / entry["files"][0]).read_bytes())
-            apart = (
-                data_uri(difference(pixels, plain)) if arm["name"] != "plain" and pixels.shape == plain.shape else None
-            )
-            shots.append(
-                {
-                    "label": arm["label"],
-                    "role": arm["role"],
-                    "name": arm["name"],
-                    "picture": data_uri(pixels),
-                    "difference": apart,
-                    "psnr": entry.get("psnr", [None])[0],
-                    "ssim": entry.get("ssim", [None])[0],
-                    "width": pixels.shape[1],
-                    "height": pixels.shape[0],
-                }
-            )
-        cells.append(
-            {
-                "prompt": cell["prompt"],
-                "seed": cell["seed"],
-                "shots": shots,
-                "batch": len(cell["pictures"]["plain"]["files"]),
-                "tiny": max(plain.shape[:2]) <= TINY,
-            }
-        )
-    return cells
+def clip_html(clip: dict[str, Any]) -> str:
+    """One entry of `gallery.clip_view` as it stands in the page; needs the rules of `STYLE`."""
+    return _environment().get_template("clip.html.j2").render(clip=clip, gain=DIFFERENCE_GAIN, unfolded=True)
 
 
 def _environment() -> jinja2.Environment:

@@ -9,9 +9,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from .arms import Arm, get_steps
 from .interleave import Measurement
-from .metrics import Spread, from_json_number, paired_ratios, psnr, quality, read_rgb, spread, ssim, to_json_number
+from .metrics import (
+    Spread,
+    change_psnr,
+    from_json_number,
+    paired_ratios,
+    psnr,
+    quality,
+    read_rgb,
+    spread,
+    ssim,
+    to_json_number,
+)
 
 SMALLEST_EFFECT = 0.02  # a ratio closer to 1 than this is never called a difference
 FEWEST_ROUNDS = 3  # fewer rounds give no verdict
@@ -142,7 +155,10 @@ def _kind(evaluation: Mapping[str, Any]) -> str:
 
 
 def _quality(scores: Sequence[PictureScores]) -> dict[str, Any]:
-    """PSNR and SSIM to the plain arm, and PSNR to the reference with many steps, over all pictures."""
+    """PSNR and SSIM to the plain arm, and PSNR to the reference with many steps, over all pictures or frames.
+
+    `change_psnr` is over clips: the PSNR of their frame-to-frame changes to the plain arm's.
+    """
 
     def gather(key: str) -> list[float]:
         return [from_json_number(value) for cell in scores for value in cell.get(key, [])]
@@ -151,6 +167,7 @@ def _quality(scores: Sequence[PictureScores]) -> dict[str, Any]:
         "psnr": quality(gather("psnr"), math.inf),
         "ssim": quality(gather("ssim"), 1.0),
         "reference_psnr": quality(gather("reference_psnr"), math.inf),
+        "change_psnr": quality(gather("change_psnr"), math.inf),
     }
     return {key: value.to_json() if value else None for key, value in summaries.items()}
 
@@ -194,7 +211,7 @@ def _reasons(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _repeatability(arm: Arm, runs: Sequence[Measurement]) -> list[str]:
-    """A note when one seed gave two different pictures: every other number is in doubt then."""
+    """A note when one seed gave two different pictures or clips: every other number is in doubt then."""
     hashes: dict[int, set[str]] = defaultdict(set)
     for run in runs:
         if run.pixels:
@@ -202,17 +219,25 @@ def _repeatability(arm: Arm, runs: Sequence[Measurement]) -> list[str]:
     unstable = sum(len(found) > 1 for found in hashes.values())
     if not unstable:
         return []
-    return [f"{arm.label}: repeats with one seed gave different pictures for {unstable} of {len(hashes)} prompts."]
+    things = "clips" if any(run.frames > 1 for run in runs) else "pictures"
+    return [f"{arm.label}: repeats with one seed gave different {things} for {unstable} of {len(hashes)} prompts."]
 
 
 def score_pictures(
-    folder: Path, files: Sequence[str], plain: Sequence[str] | None, reference: Sequence[str] | None
+    folder: Path,
+    files: Sequence[str],
+    plain: Sequence[str] | None,
+    reference: Sequence[str] | None,
+    frames: int = 1,
 ) -> PictureScores:
     """Scores of the pictures of one arm and cell against the plain arm's and the reference's (files in `folder`).
 
-    Pictures that cannot be compared (other size, other count) get no score.
+    With `frames` above 1 the files are frames of clips, that many to a clip. PSNR and SSIM have one value per file,
+    `change_psnr` one per clip. Pictures that cannot be compared (other size, other count) get no score.
     """
     scores: PictureScores = {"files": list(files)}
+    if frames > 1:
+        scores["frames"] = frames
     for key, other in (("plain", plain), ("reference", reference)):
         if other is None or len(other) != len(files):
             continue
@@ -226,4 +251,8 @@ def score_pictures(
         else:
             scores["psnr"] = [to_json_number(psnr(a, b)) for a, b in pairs]
             scores["ssim"] = [ssim(a, b) for a, b in pairs]
+            if frames > 1:
+                clips = [pairs[start : start + frames] for start in range(0, len(pairs), frames)]
+                changes = [change_psnr(*(np.stack(side) for side in zip(*clip))) for clip in clips]
+                scores["change_psnr"] = [to_json_number(value) for value in changes]
     return scores

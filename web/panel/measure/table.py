@@ -24,7 +24,9 @@ class Column:
 
 
 def columns(report: dict[str, Any]) -> list[Column]:
-    """The columns of this report's table; those about a reference run only where there was one."""
+    """The columns of this report's table; those about clips and a reference run only where there were any."""
+    clips = bool(report["settings"].get("frames"))
+    worst = "mean / worst frame" if clips else "mean / worst picture"
     found = [
         Column("Arm", "what was run", lambda arm: arm["label"]),
         Column(
@@ -45,17 +47,23 @@ def columns(report: dict[str, Any]) -> list[Column]:
             "best speed this many skipped evaluations allow: evaluations / (computed + share × skipped)",
             _ceiling,
         ),
-        Column("PSNR to plain", "mean / worst picture", lambda arm: _quality(arm["quality"]["psnr"], format_decibel)),
-        Column(
-            "SSIM to plain", "mean / worst picture", lambda arm: _quality(arm["quality"]["ssim"], lambda v: f"{v:.3f}")
-        ),
+        Column("PSNR to plain", worst, lambda arm: _quality(arm["quality"]["psnr"], format_decibel)),
+        Column("SSIM to plain", worst, lambda arm: _quality(arm["quality"]["ssim"], lambda v: f"{v:.3f}")),
     ]
+    if clips:
+        found.append(
+            Column(
+                "PSNR of changes",
+                "PSNR of the frame-to-frame changes to the plain clip's: mean / worst clip",
+                lambda arm: _quality(arm["quality"]["change_psnr"], format_decibel),
+            )
+        )
     steps = report["settings"]["reference_steps"]
     if steps:
         found.append(
             Column(
                 f"PSNR to {steps} steps",
-                f"mean / worst picture against the plain workflow with {steps} steps",
+                f"{worst} against the plain workflow with {steps} steps",
                 lambda arm: _quality(arm["quality"]["reference_psnr"], format_decibel),
             )
         )
