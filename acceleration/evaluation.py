@@ -1,7 +1,8 @@
 """One evaluation of the sampler, the batched network calls inside it, and what became of them."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -34,6 +35,8 @@ class Evaluation:
         network_input: latent as the network sees it [B, C, ...].
         skip: whether the active technique wants the blocks skipped.
         reason: why, in words.
+        pending: the decision waits for something that the first network call will show.
+        signal: what the indicator said; None without one, or while it knows nothing.
     """
 
     index: int
@@ -43,6 +46,8 @@ class Evaluation:
     network_input: torch.Tensor
     skip: bool = False
     reason: str = ""
+    pending: bool = False
+    signal: float | None = None
 
 
 @dataclass
@@ -62,6 +67,7 @@ class Call:
         decisions: what happened to each branch; filled in by the technique.
         blocks_computed: number of blocks that ran.
         text_tokens: text tokens ahead of the image tokens in a joint stream.
+        scratch: what a technique keeps between the blocks of this call.
     """
 
     evaluation: Evaluation
@@ -75,6 +81,7 @@ class Call:
     decisions: tuple[str, ...] = ()
     blocks_computed: int = 0
     text_tokens: int = 0
+    scratch: dict[str, Any] = field(default_factory=dict)
 
     def part(self, tensor: torch.Tensor, index: int) -> torch.Tensor:
         """Return the rows of branch ``index`` as a view of ``tensor``."""

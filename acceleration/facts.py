@@ -52,10 +52,15 @@ class Facts:
             return "the noise levels of this run do not fall steadily: plain sampling"
         return None
 
+    @property
+    def variant(self) -> str:
+        """Which published model of its family the network is, ``""`` when it is none."""
+        return self.descriptor.variant(self.network) if self.descriptor else ""
+
     def snapshot_bytes(self, granularity: str) -> int:
-        """Return the bytes of one snapshot of all branches at a granularity (``"last"`` or ``"delta"``)."""
+        """Return the bytes of one snapshot of all branches at a tap (``"blocks"``, ``"delta"`` or ``"output"``)."""
         batch = self.latent_shape[0] * self.branches
-        if granularity == "delta":
+        if granularity != "blocks":
             return batch * math.prod(self.latent_shape[1:]) * 4
         tokens = self.descriptor.tokens(self.network, self.latent_shape)
         return batch * tokens * self.descriptor.hidden_size(self.network) * self.element_bytes

@@ -22,8 +22,11 @@ class Session(Protocol):
     def begin(self, evaluation: Evaluation) -> None:
         """Decide what the evaluation shall do, before any network call of it."""
 
-    def network(self, call: Call, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def network_call(self, call: Call, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Stand around one network call; ``compute`` runs it. Both return the denoised latent."""
+
+    def depths(self, call: Call) -> frozenset[int] | None:
+        """Blocks whose hooks the call needs, by depth, once it is being computed; None for all."""
 
     def block(self, call: Call, site: BlockSite, args: dict, original: Callable[[dict], dict]) -> dict:
         """Stand around one block; ``original(args)`` runs it."""
@@ -116,6 +119,11 @@ class RunState:
             run = _bind_block(session, call, site, run)
         return run(args)
 
+    def depths(self, call: Call) -> frozenset[int] | None:
+        """Blocks whose hooks ``call`` needs, by depth; None for all."""
+        wanted = [session.depths(call) for session in self.sessions]
+        return None if any(depths is None for depths in wanted) else frozenset().union(*wanted)
+
     @property
     def peak_bytes(self) -> int:
         """Most bytes that stored features have taken so far."""
@@ -129,7 +137,7 @@ class RunState:
 
 
 def _bind_network(session: Session, call: Call, compute: Callable[[], Any]) -> Callable[[], Any]:
-    return lambda: session.network(call, compute)
+    return lambda: session.network_call(call, compute)
 
 
 def _bind_block(session: Session, call: Call, site: BlockSite, run: Callable[[dict], dict]) -> Callable[[dict], dict]:

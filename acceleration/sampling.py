@@ -1,8 +1,13 @@
 """What the engine must know about samplers, and where in a run a noise level lies."""
 
 import bisect
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -117,3 +122,23 @@ class Schedule:
 def schedule_of(sigmas: Sequence[float]) -> Schedule:
     """Return the :class:`Schedule` of a run's sigma list."""
     return Schedule(tuple(float(sigma) for sigma in sigmas))
+
+
+Coordinate = Callable[["Evaluation"], float]
+
+
+def coordinate_of(name: str) -> Coordinate:
+    """Return the coordinate that forecasts are made in.
+
+    Args:
+        name: ``"step"`` (continuous step position), ``"sigma"`` (noise level) or ``"logsnr"`` (log of signal over noise of
+            a flow, ln((1 - sigma) / sigma), clamped near sigma = 1; -ln sigma above).
+    """
+    return {"step": lambda e: e.position, "sigma": lambda e: -e.sigma, "logsnr": lambda e: log_snr(e.sigma)}[name]
+
+
+def log_snr(sigma: float) -> float:
+    """Log signal-to-noise ratio of a flow at ``sigma``; beyond 1 (other parametrisations) minus its logarithm."""
+    if sigma > 1.0:
+        return -math.log(sigma) + math.log(1e-3)
+    return math.log(max(1.0 - sigma, 1e-3) / max(sigma, 1e-6))

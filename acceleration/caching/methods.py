@@ -1,10 +1,11 @@
 """The published caching methods as rows of one table, and the settings they share."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import StrettoError
+from .tap import BLOCKS, DELTA, OUTPUT, Tap
 
 
 @dataclass(frozen=True)
@@ -12,26 +13,90 @@ class Method:
     """How one method is composed of the engine's parts.
 
     Attributes:
-        granularity: what is stored and re-injected: ``"last"`` (output of the last block,
-            before the head, which always runs at the current timestep) or ``"delta"``
-            (network output minus network input).
-        policy: ``"interval"`` (fixed steps) or ``"accumulate"`` (EasyCache's transform rate, summed up).
+        name: as its authors call it.
+        tap: where features are taken: ``"output"``, ``"delta"`` or ``"blocks"`` (:class:`~.tap.Tap`).
+        policy: ``"interval"``, ``"growing"``, ``"mask"``, ``"magnitude"``, ``"accumulate"`` or ``"threshold"``.
+        forecaster: key of :data:`~.forecast.FORECASTERS`.
+        indicator: ``""``, ``"rate"`` (network input and output), ``"input"`` (the first block's modulated input),
+            ``"residual"`` (what the first blocks add) or ``"forecast"`` (how wrong a forecast of that is).
+        residual: whether ``"blocks"`` stores what the range adds instead of what it yields.
+        before: blocks that always run ahead of the range; None takes the setting ``first_blocks``.
+        after: blocks that always run behind it; None takes the setting ``last_blocks``.
+        forecast_settings: fixed arguments of the forecaster.
         source: paper.
     """
 
     name: str
-    granularity: str
+    tap: str
     policy: str
+    forecaster: str
     source: str
+    indicator: str = ""
+    residual: bool = False
+    before: int | None = 0
+    after: int | None = 0
+    forecast_settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def static(self) -> bool:
+        """Whether the schedule is known before sampling."""
+        return self.policy in ("interval", "growing", "mask", "magnitude")
+
+    def place(self, settings: "CacheSettings", blocks: int) -> Tap:
+        """Return the tap for a network of ``blocks`` blocks."""
+        if self.tap != BLOCKS:
+            return Tap(self.tap)
+        first = settings.first_blocks if self.before is None else self.before
+        after = settings.last_blocks if self.after is None else self.after
+        return Tap(BLOCKS, first, blocks - after, self.residual)
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("Taylor", "last", "interval", "TaylorSeer-Lite, arXiv 2503.06923 (Newton form)"),
-        Method("EasyCache", "delta", "accumulate", "EasyCache, arXiv 2507.02860"),
+        Method("Taylor", BLOCKS, "interval", "newton", "TaylorSeer-Lite, arXiv 2503.06923, in Newton's form"),
+        Method("EasyCache", DELTA, "accumulate", "reuse", "EasyCache, arXiv 2507.02860", "rate"),
+        Method("Adaptive", BLOCKS, "accumulate", "newton", "EasyCache's decision with Taylor's forecast", "rate"),
+        Method("TaylorSeer", BLOCKS, "interval", "taylor", "TaylorSeer-Lite, arXiv 2503.06923, as published"),
+        Method(
+            "CG-Taylor",
+            BLOCKS,
+            "threshold",
+            "newton",
+            "Confidence-Gated Taylor, arXiv 2508.02240",
+            "forecast",
+            before=1,
+        ),
+        Method("HiCache", BLOCKS, "interval", "hermite", "HiCache, arXiv 2508.16984"),
+        Method("Spectrum", BLOCKS, "growing", "chebyshev", "Spectrum, arXiv 2603.01623, anchored"),
+        Method("TeaCache", BLOCKS, "accumulate", "reuse", "TeaCache, arXiv 2411.19108", "input", residual=True),
+        Method("MagCache", BLOCKS, "magnitude", "reuse", "MagCache, arXiv 2506.09045", residual=True),
+        Method(
+            "FBCache", BLOCKS, "threshold", "reuse", "First-Block-Cache of ParaAttention", "residual", True, before=1
+        ),
+        Method(
+            "DBCache", BLOCKS, "threshold", "reuse", "DBCache of cache-dit", "residual", True, before=None, after=None
+        ),
+        Method("FORA", BLOCKS, "interval", "reuse", "FORA, arXiv 2407.01425, over the whole stack", residual=True),
+        Method("SCM", BLOCKS, "mask", "reuse", "static compute masks of cache-dit", residual=True),
+        Method("Schedule", BLOCKS, "mask", "newton", "a mask of yours"),
+        Method("Output", OUTPUT, "interval", "newton", "multistep solver of the network's output"),
     )
 }
+
+#: What the node's number fields mean for methods that have presets of their own lives in presets/; this is for all.
+LIMITS = {
+    "interval": (1, 16),
+    "order": (0, 3),
+    "warmup": (0, 100),
+    "tail": (0, 100),
+    "max_skips": (0, 100),
+    "first_blocks": (1, 100),
+    "last_blocks": (0, 100),
+}
+NUMBERS = {"threshold": (0.0, 1.0), "growth": (0.0, 10.0), "damping": (0.0, 1.0)}
+COORDINATES = ("step", "sigma", "logsnr")
+LEVELS = ("slow", "medium", "fast", "ultra")
 
 
 @dataclass(frozen=True)
@@ -48,23 +113,40 @@ class CacheSettings:
     threshold: float = 0.05
     warmup: int = 4
     tail: int = 5
+    max_skips: int = 0
+    first_blocks: int = 1
+    last_blocks: int = 0
+    growth: float = 0.75
+    damping: float = 1.0
+    coordinate: str = "step"
+    level: str = "medium"
+    mask: str = ""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise StrettoError(f"Stretto Cache: method is {self.method!r}; known methods: {', '.join(METHODS)}")
-        for name, low, high in (("interval", 1, 16), ("order", 0, 2), ("warmup", 0, 100), ("tail", 0, 100)):
+        _one_of("method", self.method, METHODS)
+        _one_of("coordinate", self.coordinate, COORDINATES)
+        _one_of("level", self.level, LEVELS)
+        for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise StrettoError(f"Stretto Cache: {name} is {value!r}; it must be a whole number in [{low}, {high}]")
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
-            raise StrettoError(f"Stretto Cache: threshold is {self.threshold!r}; it must be a number in [0, 1]")
-        if not 0.0 <= self.threshold <= 1.0:
-            raise StrettoError(f"Stretto Cache: threshold is {self.threshold!r}; it must lie in [0, 1]")
+        for name, (low, high) in NUMBERS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise StrettoError(f"Stretto Cache: {name} is {value!r}; it must be a number in [{low:g}, {high:g}]")
+        if not isinstance(self.mask, str):
+            raise StrettoError(f"Stretto Cache: mask is {self.mask!r}; it must be text such as '###.#.##'")
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> "CacheSettings":
         """Build from a request's settings; unknown fields are refused by name."""
-        unknown = set(settings) - set(cls.__dataclass_fields__)
+        unknown = set(settings) - {item.name for item in fields(cls)}
         if unknown:
             raise StrettoError(f"Stretto Cache: unknown setting {sorted(unknown)[0]!r}")
         return cls(**settings)
+
+
+def _one_of(name: str, value: Any, known: Mapping[str, Any] | tuple[str, ...]) -> None:
+    if value not in known:
+        many = {"method": "methods", "coordinate": "coordinates", "level": "levels"}[name]
+        raise StrettoError(f"Stretto Cache: {name} is {value!r}; known {many}: {', '.join(known)}")

@@ -1,75 +1,20 @@
-"""A cache at work: two granularities over one store, driven by one decision per evaluation."""
+"""A cache at work: one decision per evaluation, one tap, one store."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ...kernels.weighted_sum import weighted_sum
 from ..evaluation import COMPUTED, FORECAST, REUSED, Call, Evaluation
-from ..models import BlockSite
-from .forecast import newton_weights
-from .indicator import TransformRate
-from .policy import Accumulator, Rails
+from ..models import BlockSite, ModelDescriptor
+from ..sampling import Coordinate
+from .decision import Decision, deciding_branch
 from .store import SnapshotStore
+from .tap import BLOCKS, DELTA, Tap
 
-
-@dataclass
-class IntervalDecision:
-    """Skip by a mask over steps; needs no data."""
-
-    computed: tuple[bool, ...]
-    rails: Rails
-
-    def decide(self, evaluation: Evaluation) -> None:
-        """Set ``skip`` and ``reason`` of the evaluation."""
-        evaluation.skip = not self.computed[evaluation.step]
-        rail = self.rails.reason(evaluation.step, len(self.computed))
-        evaluation.reason = rail or ("between computed steps" if evaluation.skip else "interval")
-
-    def observe(self, call: Call, prediction: torch.Tensor) -> None:
-        """Nothing to learn."""
-
-    def reset(self) -> None:
-        """Nothing to forget."""
-
-
-@dataclass
-class TransformRateDecision:
-    """Skip while the estimated change stays below a threshold (EasyCache)."""
-
-    accumulator: Accumulator
-    rails: Rails
-    steps: int
-    indicator: TransformRate = field(default_factory=TransformRate)
-    _learned: int = -1
-
-    def decide(self, evaluation: Evaluation) -> None:
-        """Set ``skip`` and ``reason`` of the evaluation."""
-        change = self.indicator.change(evaluation.network_input)
-        rail = self.rails.reason(evaluation.step, self.steps)
-        evaluation.skip = self.accumulator.skip(change) and rail is None
-        if rail or change is None:
-            evaluation.reason = rail or "no estimate yet"
-        else:
-            sign = "<" if evaluation.skip else ">="
-            evaluation.reason = f"change {self.accumulator.total:.3f} {sign} {self.accumulator.threshold:g}"
-
-    def observe(self, call: Call, prediction: torch.Tensor) -> None:
-        """Learn from the conditional branch of a computed call (the first branch if there is none)."""
-        if call.evaluation.index == self._learned:
-            return  # a second pass with other patches in the same evaluation
-        names = [branch.name for branch in call.branches]
-        if "cond" in names:
-            index = names.index("cond")
-            self.indicator.observe(call.part(call.network_input, index), call.part(prediction, index))
-            self.accumulator.reset()
-            self._learned = call.evaluation.index
-
-    def reset(self) -> None:
-        """Forget the trajectory."""
-        self.indicator.reset()
-        self.accumulator.reset()
+Weights = Callable[[Sequence[float], float], list[float]]
 
 
 @dataclass
@@ -77,18 +22,27 @@ class CacheSession:
     """Cache of one run.
 
     Args:
-        granularity: ``"last"`` or ``"delta"`` (:class:`~.methods.Method`).
-        order: forecast order, 0 for reuse.
+        tap: where features are taken and put back.
+        weights: forecaster: coordinates (newest first) and target -> one weight per snapshot used.
         decision: when to skip.
-        store: snapshots; its depth must be at least ``order + 1``.
-        text_in_stream: kinds of block whose stream holds text tokens first.
+        store: snapshots.
+        network: the network, for the probe of a first block's input.
+        descriptor: its family.
+        coordinate: evaluation -> the coordinate that forecasts are made in.
     """
 
-    granularity: str
-    order: int
-    decision: IntervalDecision | TransformRateDecision
+    tap: Tap
+    weights: Weights
+    decision: Decision
     store: SnapshotStore
-    text_in_stream: frozenset[str] = frozenset()
+    network: Any
+    descriptor: ModelDescriptor | None
+    coordinate: Coordinate
+
+    @property
+    def joint(self) -> bool:
+        """Whether text joins the image stream further on."""
+        return bool(self.descriptor.text_in_stream or self.descriptor.text_after_image)
 
     @property
     def bytes(self) -> int:
@@ -101,45 +55,52 @@ class CacheSession:
         return self.store.peak_bytes
 
     def begin(self, evaluation: Evaluation) -> None:
-        """Decide about the evaluation; every branch of it follows."""
-        self.decision.decide(evaluation)
+        """Decide about the evaluation, or leave that to the probe in its first call; every branch follows."""
+        self.decision.begin(evaluation)
 
-    def network(self, call: Call, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def network_call(self, call: Call, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Compute, or arrange for the call to be skipped; see :class:`~..run.Session`."""
-        skip = call.evaluation.skip and call.skippable
-        # One branch without history computes the whole call: the batch cannot be split.
-        if not skip or any(self.store.get(branch.key) is None for branch in call.branches):
+        if not call.evaluation.pending or not call.skippable:
+            self._decide(call)
+        if call.decisions and call.decisions[0] != COMPUTED and self.tap.kind != BLOCKS:
+            return call.to_denoised(self._forecast_output(call))
+        denoised = compute()  # on a skipped step the blocks do the skipping; embeddings and head run as ever
+        if not call.decisions or call.decisions[0] == COMPUTED:
             call.decisions = (COMPUTED,) * len(call.branches)
-            return self._compute(call, compute)
-        call.decisions = tuple(self._kind(branch.key) for branch in call.branches)
-        if self.granularity == "last":
-            return compute()  # the blocks do the skipping; embeddings and head run at the current timestep
-        parts = [
-            call.part(call.network_input, i).float() + self._forecast(branch.key, call.evaluation.position)
-            for i, branch in enumerate(call.branches)
-        ]
-        return call.to_denoised(torch.cat(parts))
+            self._learn(call, denoised)
+        return denoised
+
+    def depths(self, call: Call) -> frozenset[int] | None:
+        """Blocks whose hooks this call needs, by depth; None for all."""
+        if self.tap.kind != BLOCKS or not call.skippable:
+            return frozenset()
+        if not call.decisions or call.decisions[0] != COMPUTED:
+            return None
+        # Depth 0 tells the number of text tokens where the streams join further on.
+        return frozenset({self.tap.first, self.tap.last - 1, *([0] if self.joint else [])})
 
     def block(self, call: Call, site: BlockSite, args: dict, original: Callable[[dict], dict]) -> dict:
         """Run, observe or replace one block; see :class:`~..run.Session`."""
-        if self.granularity != "last":
+        if self.tap.kind != BLOCKS or not call.skippable:
             return original(args)
-        joint = site.kind in self.text_in_stream
-        if not joint and "txt" in args:
+        if args.get("txt") is not None:
             call.text_tokens = args["txt"].shape[1]
-        text = call.text_tokens if joint else 0
-        if call.decisions[0] == COMPUTED:
+        image = self.descriptor.image_slice(site.kind, args, call.text_tokens)
+        probe = self.decision.probe if call.evaluation.pending else None
+        if probe is not None and site.depth == 0:
+            if probe.blocks == 0:
+                self._measure(call, self.descriptor.tea_input(self.network, args))
+            elif not probe.raw:
+                call.scratch["start"] = args["img"][:, image].clone()
+        if not self.tap.first <= site.depth < self.tap.last:
             out = original(args)
-            if site.last:
-                self._push_all(call, out["img"][:, text:])
-            return out
-        out = {"img": args["img"]}
-        if "txt" in args:
-            out["txt"] = args["txt"]
-        if site.last:
-            parts = [self._forecast(branch.key, call.evaluation.position) for branch in call.branches]
-            image = torch.cat(parts)
-            out["img"] = torch.cat((args["img"][:, :text], image), dim=1) if text else image
+        elif call.decisions and call.decisions[0] != COMPUTED:
+            out = self._bypass(call, site, args, image)
+        else:
+            out = self._observe(call, site, args, original, image)
+        if probe is not None and site.depth == probe.blocks - 1:
+            yielded = out["img"][:, image]
+            self._measure(call, yielded if probe.raw else yielded - call.scratch.pop("start"))
         return out
 
     def reset(self) -> None:
@@ -151,24 +112,122 @@ class CacheSession:
         """Free everything."""
         self.reset()
 
-    def _compute(self, call: Call, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        denoised = compute()
-        if self.granularity == "delta":
-            prediction = call.to_prediction(denoised)
-            self._push_all(call, prediction - call.network_input.float())
-            self.decision.observe(call, prediction)
-        return denoised
+    def _decide(self, call: Call) -> None:
+        """Set the call's decisions. One branch without history computes the whole call: the batch cannot be split."""
+        skip = call.evaluation.skip and call.skippable
+        if skip and all(self.store.get(branch.key) is not None for branch in call.branches):
+            call.decisions = tuple(self._kind(call, branch.key) for branch in call.branches)
+        else:
+            call.decisions = (COMPUTED,) * len(call.branches)
 
-    def _push_all(self, call: Call, tensor: torch.Tensor) -> None:
+    def _measure(self, call: Call, tensor: torch.Tensor) -> None:
+        """Let the probe look at the deciding branch's target tokens, and decide."""
+        index, at = deciding_branch(call), self.coordinate(call.evaluation)
+        target = self.descriptor.target_slice(self.network, call.network_input.shape, tensor.shape[1])
+        key, seen = call.branches[index].key, call.part(tensor, index)[:, target]
+        self.decision.settle(call.evaluation, self.decision.probe.measure(key, seen, at))
+        self._decide(call)
+        if call.decisions[0] == COMPUTED:
+            self.decision.probe.computed(key, seen, at)
+
+    def _learn(self, call: Call, denoised: torch.Tensor) -> None:
+        """Store what lies outside the blocks, and let the decision learn."""
+        made: list[torch.Tensor] = []
+
+        def prediction() -> torch.Tensor:
+            if not made:
+                made.append(call.to_prediction(denoised))
+            return made[0]
+
+        if self.tap.kind != BLOCKS:
+            taken = prediction().float()
+            self._push(call, taken - call.network_input.float() if self.tap.kind == DELTA else taken)
+        if call.skippable:
+            self.decision.computed(call, prediction)
+
+    def _observe(self, call: Call, site: BlockSite, args: dict, original: Callable[[dict], dict], image: slice) -> dict:
+        """Run a block of the range, and take the range's features where it ends."""
+        self._enter(call, site, args, image)
+        out = original(args)
+        if site.depth != self.tap.last - 1:
+            return out
+        pictures, words = _split(out["img"], image)
+        if site.kind in self.descriptor.txt_out:
+            words = out.get("txt")
+        if self.tap.residual:
+            entry, entry_words = call.scratch["entry"]
+            pictures = pictures - entry
+            if not site.last and words is not None:
+                self._push(call, words - entry_words, "text")
+        self._push(call, pictures)
+        return out
+
+    def _bypass(self, call: Call, site: BlockSite, args: dict, image: slice) -> dict:
+        """Hand a block's input on; where the range ends, put the features in."""
+        self._enter(call, site, args, image)
+        out = {"img": args["img"]}
+        apart = site.kind in self.descriptor.txt_out
+        if apart:
+            out["txt"] = args.get("txt")
+        if site.depth != self.tap.last - 1:
+            return out
+        pictures = self._forecast_all(call)
+        words = _split(args["img"], image)[1]
+        if self.tap.residual:
+            # Not the block's input: ComfyUI adds ControlNet's output after every block, and the residual holds it already.
+            entry, entry_words = call.scratch["entry"]
+            pictures = entry + pictures.to(entry.dtype)
+            if not site.last and entry_words is not None:
+                entry_words = entry_words + self._forecast_all(call, "text").to(entry_words.dtype)
+                words = None if apart else entry_words
+                if apart:
+                    out["txt"] = entry_words
+        out["img"] = _join(pictures, words, image)
+        return out
+
+    def _enter(self, call: Call, site: BlockSite, args: dict, image: slice) -> None:
+        """Copy what goes into the range: blocks and ControlNet may write into these tensors."""
+        if self.tap.residual and site.depth == self.tap.first:
+            pictures, words = _split(args["img"], image)
+            if site.kind in self.descriptor.txt_out:
+                words = args.get("txt")
+            call.scratch["entry"] = (pictures.clone(), words.clone() if words is not None else None)
+
+    def _push(self, call: Call, tensor: torch.Tensor, slot: str = "") -> None:
         if not call.skippable:
             return  # such a call will never read it
+        at = self.coordinate(call.evaluation)
         for index, branch in enumerate(call.branches):
-            self.store.push(branch.key, call.evaluation.position, call.part(tensor, index))
+            self.store.push((branch.key, slot) if slot else branch.key, at, call.part(tensor, index))
 
-    def _kind(self, key: object) -> str:
-        return FORECAST if min(self.order, len(self.store.get(key).tensors) - 1) > 0 else REUSED
-
-    def _forecast(self, key: object, position: float) -> torch.Tensor:
+    def _kind(self, call: Call, key: object) -> str:
         history = self.store.get(key)
-        weights = newton_weights(list(history.positions), position, self.order)
-        return weighted_sum(list(history.tensors)[: len(weights)], weights)
+        weights = self.weights(list(history.positions), self.coordinate(call.evaluation))
+        return FORECAST if any(weights[1:]) else REUSED
+
+    def _forecast_all(self, call: Call, slot: str = "") -> torch.Tensor:
+        at = self.coordinate(call.evaluation)
+        parts = []
+        for branch in call.branches:
+            history = self.store.get((branch.key, slot) if slot else branch.key)
+            weights = self.weights(list(history.positions), at)
+            parts.append(weighted_sum(list(history.tensors)[: len(weights)], weights))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _forecast_output(self, call: Call) -> torch.Tensor:
+        forecast = self._forecast_all(call)
+        return forecast + call.network_input.float() if self.tap.kind == DELTA else forecast
+
+
+def _split(stream: torch.Tensor, image: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Image tokens of a stream [B, N, C], and the text tokens before or behind them, None where there are none."""
+    start, stop, _ = image.indices(stream.shape[1])
+    words = stream[:, :start] if start else stream[:, stop:]
+    return stream[:, start:stop], words if words.shape[1] else None
+
+
+def _join(pictures: torch.Tensor, words: torch.Tensor | None, image: slice) -> torch.Tensor:
+    """Inverse of :func:`_split`, as a tensor of its own."""
+    if words is None:
+        return pictures
+    return torch.cat((words, pictures) if image.start else (pictures, words), dim=1)

@@ -1,16 +1,33 @@
 """Caching as the resolver sees it: can it run here, and what would it gain?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..facts import ACTIVE, OFF, REDUCED, Facts, Outcome
 from ..plan import Request
-from .methods import METHODS, CacheSettings
+from ..sampling import coordinate_of
+from .decision import AccumulatePolicy, Decision, MaskPolicy, Policy, ThresholdPolicy
+from .forecast import FORECASTERS
+from .indicator import TransformRate
+from .lookup import magnitude_curve, tea_polynomial
+from .magnitude import magnitude_mask
+from .masks import growing_mask, parse_mask, scm_mask, stretch, strip
+from .methods import METHODS, CacheSettings, Method
 from .policy import Accumulator, Rails, interval_mask
-from .session import CacheSession, IntervalDecision, TransformRateDecision
+from .probe import ForecastError, Probe, RelativeChange
+from .session import CacheSession, Weights
 from .store import SnapshotStore
+from .tap import BLOCKS, DELTA, OUTPUT
 
 #: Share of the free device memory that stored features may take.
 MEMORY_SHARE = 0.5
+#: MagCache's usual limit, for a setting of "no limit": its law says nothing about direction (arXiv 2506.09045).
+MOST_SKIPS = 4
+#: Spectrum's first window: skips between computed steps start at one (arXiv 2603.01623).
+FIRST_WINDOW = 2.0
+
+
+class NotHere(Exception):
+    """A method cannot run under these facts; the message says why and what would."""
 
 
 @dataclass(frozen=True)
@@ -26,61 +43,182 @@ class CacheTechnique:
 
     def validate(self, request: Request) -> None:
         """Raise :class:`~..errors.StrettoError` for settings that cannot work."""
-        CacheSettings.from_mapping(request.settings)
+        settings = CacheSettings.from_mapping(request.settings)
+        if settings.method == "Schedule":
+            parse_mask(settings.mask)
 
     def resolve(self, request: Request, facts: Facts) -> Outcome:
         """Return whether and how the cache runs under ``facts``."""
         settings = CacheSettings.from_mapping(request.settings)
-        method = METHODS[settings.method]
-        rails = Rails(settings.warmup, settings.tail, request.interval)
         blocked = facts.obstacle()
         if blocked:
             return Outcome(self.name, OFF, blocked)
-        mask = interval_mask(facts.schedule.steps, rails, settings.interval)
-        free = _free_steps(facts.schedule.steps, rails)
-        idle = _idle_reason(settings, method.policy, mask, free, facts.schedule.steps)
+        notes: list[str] = []
+        method = _fitting(METHODS[settings.method], settings, facts, notes)
+        reduced = bool(notes)
+        rails = Rails(settings.warmup, settings.tail, request.interval)
+        try:
+            plan = _plan(method, settings, rails, facts, notes)
+        except NotHere as reason:
+            return Outcome(self.name, OFF, str(reason))
+        steps = facts.schedule.steps
+        idle = _idle_reason(method, settings, plan, rails, steps)
         if idle and not request.force:
             return Outcome(self.name, OFF, idle)
-        depth = 1 + (settings.order if method.granularity == "last" and not facts.sampler.stochastic else 0)
-        needed, budget = facts.snapshot_bytes(method.granularity) * depth, int(facts.free_bytes * MEMORY_SHARE)
+        tap = method.place(settings, len(facts.descriptor.sites(facts.network)))
+        if tap.kind == BLOCKS and not 0 <= tap.first < tap.last:
+            count = len(facts.descriptor.sites(facts.network))
+            return Outcome(self.name, OFF, f"{tap.first} + {count - tap.last} blocks always run, the model has {count}")
+        forecast = FORECASTERS[method.forecaster]
+        arguments = {"order": settings.order, "damping": settings.damping, **method.forecast_settings}
+        depth, weights = forecast.depth(**arguments), _bind(forecast.weights, steps, arguments)
+        if facts.sampler.stochastic and depth > 1:
+            depth, weights, reduced = 1, _reuse, True
+            notes.append(f"{facts.sampler.name} adds fresh noise each step: forecasting falls back to reuse")
+        needed = facts.snapshot_bytes(tap.kind) * min(depth, steps)
+        budget = int(facts.free_bytes * MEMORY_SHARE)
         if needed > budget and not request.force:
             reason = f"stored features would take {needed / 2**20:.0f} MiB, {budget / 2**20:.0f} MiB may be used"
             return Outcome(self.name, OFF, reason)
-        order = settings.order if method.granularity == "last" else 0
-        status, notes = ACTIVE, []
-        if order and facts.sampler.stochastic:
-            order, status = 0, REDUCED
-            notes.append(f"{facts.sampler.name} adds fresh noise each step: forecasting falls back to reuse")
         if not facts.sampler.single_call:
-            notes.append(f"{facts.sampler.name} evaluates more than once a step: evaluations of a step share a decision")
-        if method.policy == "interval":
-            decision = IntervalDecision(mask, rails)
-            notes.insert(0, f"{settings.method}: {sum(mask)} of {len(mask)} steps are computed")
-        else:
-            decision = TransformRateDecision(Accumulator(settings.threshold), rails, facts.schedule.steps)
-            notes.insert(0, f"{settings.method}: up to {free} of {len(mask)} steps may be skipped")
-        store = SnapshotStore(depth, budget)
-        session = CacheSession(method.granularity, order, decision, store, facts.descriptor.text_in_stream)
+            notes.append(
+                f"{facts.sampler.name} evaluates more than once a step: evaluations of a step share a decision"
+            )
+        session = CacheSession(
+            tap,
+            weights,
+            Decision(rails, steps, plan.policy, plan.rate, plan.probe, settings.max_skips),
+            SnapshotStore(depth, budget),
+            facts.network,
+            facts.descriptor,
+            coordinate_of(settings.coordinate),
+        )
+        notes.insert(0, _headline(settings.method, plan.mask, rails, steps))
         return Outcome(
             self.name,
-            status,
+            REDUCED if reduced else ACTIVE,
             "; ".join(notes),
             session=session,
-            needs_blocks=method.granularity == "last",
+            needs_blocks=tap.kind == BLOCKS,
             reserve_bytes=needed,
         )
+
+
+@dataclass
+class _Plan:
+    """The deciding parts of one run; ``mask`` is None when the schedule depends on data."""
+
+    policy: Policy
+    mask: tuple[bool, ...] | None = None
+    rate: TransformRate | None = None
+    probe: Probe | None = None
+
+
+def _fitting(method: Method, settings: CacheSettings, facts: Facts, notes: list[str]) -> Method:
+    """Return the form of ``method`` that this network's hooks allow."""
+    if method.tap != BLOCKS or facts.descriptor.has_blocks:
+        return method
+    if method.indicator in ("input", "residual", "forecast"):
+        return method  # _plan refuses it: there is nothing to look at
+    kind = DELTA if method.residual or method.forecaster == "reuse" else OUTPUT
+    what = "the change between input and output" if kind == DELTA else "the network's output"
+    notes.append(f"{facts.descriptor.no_blocks}: {what} is cached instead of the blocks'")
+    return replace(method, tap=kind, residual=False)
+
+
+def _plan(method: Method, settings: CacheSettings, rails: Rails, facts: Facts, notes: list[str]) -> _Plan:
+    """Put policy and indicator together."""
+    steps = facts.schedule.steps
+    mask = _mask(method, settings, rails, facts, notes)
+    if mask is not None:
+        free = tuple(computed or rails.reason(step, steps) is not None for step, computed in enumerate(mask))
+        return _Plan(MaskPolicy(free), _limited(free, settings.max_skips))
+    if method.indicator == "rate":
+        return _Plan(AccumulatePolicy(Accumulator(settings.threshold)), rate=TransformRate())
+    if not facts.descriptor.has_blocks:
+        raise NotHere(
+            f"{facts.descriptor.no_blocks}: {method.name} cannot look inside; EasyCache and Taylor can run here"
+        )
+    if method.indicator == "input":
+        if facts.descriptor.tea_input is None:
+            raise NotHere(
+                f"the modulated input of {facts.descriptor.family} is out of reach; FBCache decides similarly"
+            )
+        polynomial = tea_polynomial(facts.descriptor.family, facts.variant)
+        if polynomial is None:
+            notes.append("no polynomial is published for this model: the change itself is added up")
+        policy = AccumulatePolicy(Accumulator(settings.threshold), polynomial)
+        return _Plan(policy, probe=RelativeChange(0, previous=True))
+    front = settings.first_blocks if method.before is None else method.before
+    if method.indicator == "residual":
+        return _Plan(ThresholdPolicy(settings.threshold), probe=RelativeChange(front))
+    gate = FORECASTERS[method.forecaster]
+    order = 0 if facts.sampler.stochastic else settings.order
+    probe = ForecastError(front, gate.depth(order=order), _bind(gate.weights, steps, {"order": order}))
+    return _Plan(ThresholdPolicy(settings.threshold), probe=probe)
+
+
+def _mask(method: Method, settings: CacheSettings, rails: Rails, facts: Facts, notes: list[str]):
+    """Return the compute mask of a method whose schedule is known beforehand, else None."""
+    steps = facts.schedule.steps
+    if method.policy == "interval":
+        return interval_mask(steps, rails, settings.interval)
+    if method.policy == "growing":
+        return growing_mask(steps, rails, FIRST_WINDOW, settings.growth)
+    if method.policy == "magnitude":
+        curve = magnitude_curve(facts.descriptor.family, facts.variant, steps)
+        if curve is None:
+            raise NotHere(
+                "no magnitude curve is known for this model: Stretto Profile measures one, or choose another method"
+            )
+        ratios = curve.step_ratios(facts.schedule.sigmas[:steps])
+        return magnitude_mask(ratios, settings.threshold, settings.max_skips or MOST_SKIPS, 0.0, steps)
+    if method.policy == "mask" and method.name == "SCM":
+        return scm_mask(settings.level, steps)
+    if method.policy == "mask":
+        given = parse_mask(settings.mask)
+        if len(given) != steps:
+            notes.append(f"the mask has {len(given)} steps, the run {steps}: it is stretched")
+        return stretch(given, steps)
+    return None
+
+
+def _limited(mask: tuple[bool, ...], most: int) -> tuple[bool, ...]:
+    """Return ``mask`` with a computed step after every ``most`` skipped ones (0: no limit), for the announcement."""
+    result, row = [], 0
+    for computed in mask:
+        row = 0 if computed or (most and row >= most) else row + 1
+        result.append(row == 0)
+    return tuple(result)
+
+
+def _bind(function, steps: int, arguments: dict) -> Weights:
+    return lambda coordinates, target: function(coordinates, target, steps, **arguments)
+
+
+def _reuse(coordinates, target) -> list[float]:
+    return [1.0]
+
+
+def _headline(name: str, mask: tuple[bool, ...] | None, rails: Rails, steps: int) -> str:
+    if mask is None:
+        return f"{name}: up to {_free_steps(steps, rails)} of {steps} steps may be skipped"
+    return f"{name}: {sum(mask)} of {steps} steps are computed, {strip(mask)}"
 
 
 def _free_steps(steps: int, rails: Rails) -> int:
     return sum(rails.reason(step, steps) is None for step in range(steps))
 
 
-def _idle_reason(settings: CacheSettings, policy: str, mask: tuple[bool, ...], free: int, steps: int) -> str | None:
+def _idle_reason(method: Method, settings: CacheSettings, plan: _Plan, rails: Rails, steps: int) -> str | None:
     """Return why these settings would skip nothing, or None."""
-    if policy == "interval" and settings.interval == 1:
+    if method.policy == "interval" and settings.interval == 1:
         return "computing every step: nothing to skip"
-    if policy == "accumulate" and settings.threshold == 0:
+    if method.policy in ("accumulate", "threshold") and settings.threshold == 0:
         return "threshold 0: nothing to skip"
-    if free == 0 or (policy == "interval" and all(mask)):
-        return f"{steps} steps: warm-up ({settings.warmup}) and tail ({settings.tail}) already cover them, nothing to skip"
+    free = _free_steps(steps, rails)
+    if free == 0 or (plan.mask is not None and all(plan.mask)):
+        advice = ". So short a run gains from attention, quantization or the VAE nodes instead" if steps <= 10 else ""
+        cover = f"warm-up ({settings.warmup}) and tail ({settings.tail}) already cover them, " if free == 0 else ""
+        return f"{steps} steps: {cover}nothing to skip{advice}"
     return None

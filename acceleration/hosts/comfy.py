@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -201,22 +201,61 @@ def _install(options: dict[str, Any], run: RunState, facts: Facts, execution: Ex
     add(WrappersMP.PREDICT_NOISE, KEY, _predict_noise(run), options, is_model_options=True)
     if not run.sessions:
         return
-    patches = _install_blocks(options, run) if execution.needs_blocks else {}
-    add(WrappersMP.APPLY_MODEL, KEY, _apply_model(run, patches, facts), options, is_model_options=True)
+    hooks = _install_blocks(options, run) if execution.needs_blocks else {}
+    add(WrappersMP.APPLY_MODEL, KEY, _apply_model(run, hooks, facts), options, is_model_options=True)
     if execution.reserve_bytes:
         reserve = _prepare_sampling(execution.reserve_bytes)
         add(WrappersMP.PREPARE_SAMPLING, KEY, reserve, options, is_model_options=True)
 
 
-def _install_blocks(options: dict[str, Any], run: RunState) -> dict[tuple[str, int], Callable]:
+@dataclass(frozen=True)
+class _Hook:
+    """Our replacement of one block, what it replaced (None: nothing), and the block's depth."""
+
+    patch: Callable
+    previous: Callable | None
+    depth: int
+
+
+def _install_blocks(options: dict[str, Any], run: RunState) -> dict[tuple[str, int], _Hook]:
     """Chain a replacement before every block and return ours by hook key."""
     transformer_options = options.setdefault("transformer_options", {})
     replaces = transformer_options["patches_replace"] = dict(transformer_options.get("patches_replace", {}))
     replaces["dit"] = dict(replaces.get("dit", {}))
     ours = {}
     for key, site in run.sites.items():
-        ours[key] = replaces["dit"][key] = _block_patch(run, site, replaces["dit"].get(key))
+        previous = replaces["dit"].get(key)
+        ours[key] = _Hook(_block_patch(run, site, previous), previous, site.depth)
+        replaces["dit"][key] = ours[key].patch
     return ours
+
+
+def _with_hooks(
+    args: tuple,
+    kwargs: dict[str, Any],
+    options: dict[str, Any],
+    hooks: dict[tuple[str, int], _Hook],
+    depths: frozenset[int],
+) -> tuple[tuple, dict[str, Any]]:
+    """Return the arguments of a model call with only the hooks at ``depths`` left of ours.
+
+    A replaced block costs time even when it is merely run: ComfyUI sends SD3's through torch.utils.checkpoint.
+    """
+    idle = {key: hook for key, hook in hooks.items() if hook.depth not in depths}
+    if not idle:
+        return args, kwargs
+    replaces = dict(options["patches_replace"])
+    replaces["dit"] = dict(replaces["dit"])
+    for key, hook in idle.items():
+        if replaces["dit"].get(key) is not hook.patch:
+            continue  # somebody took its place later on
+        if hook.previous is None:
+            del replaces["dit"][key]
+        else:
+            replaces["dit"][key] = hook.previous
+    slim = {**options, "patches_replace": replaces}
+    swapped = tuple(slim if item is options else item for item in args)
+    return swapped, {name: slim if item is options else item for name, item in kwargs.items()}
 
 
 def _block_patch(run: RunState, site: BlockSite, previous: Callable | None) -> Callable:
@@ -260,7 +299,7 @@ def _predict_noise(run: RunState) -> Callable:
     return predict_noise
 
 
-def _apply_model(run: RunState, patches: dict[tuple[str, int], Callable], facts: Facts) -> Callable:
+def _apply_model(run: RunState, hooks: dict[tuple[str, int], _Hook], facts: Facts) -> Callable:
     """One batched network call inside an evaluation."""
 
     def apply_model(executor: Callable, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -271,12 +310,14 @@ def _apply_model(run: RunState, patches: dict[tuple[str, int], Callable], facts:
 
         def compute() -> torch.Tensor:
             nonlocal inside
+            depths = run.depths(call)
+            arguments = (args, kwargs) if depths is None else _with_hooks(args, kwargs, options, hooks, depths)
             started = time.perf_counter()
-            denoised = executor(x, sigma, *args, **kwargs)
+            denoised = executor(x, sigma, *arguments[0], **arguments[1])
             inside += time.perf_counter() - started
             return denoised
 
-        call = _make_call(run.evaluation, executor.class_obj.model_sampling, x, sigma, options, patches, facts)
+        call = _make_call(run.evaluation, executor.class_obj, x, sigma, options, hooks, facts, _control(args, kwargs))
         token = _CALL.set(call)
         try:
             denoised = run.network(call, compute)
@@ -297,23 +338,27 @@ def _options(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
 
 def _make_call(
     evaluation: Evaluation,
-    model_sampling: Any,
+    model: Any,
     x: torch.Tensor,
     sigma: torch.Tensor,
     options: dict[str, Any],
-    patches: dict[tuple[str, int], Callable],
+    hooks: dict[tuple[str, int], _Hook],
     facts: Facts,
+    control: bool,
 ) -> Call:
+    model_sampling = model.model_sampling
     dit = options.get("patches_replace", {}).get("dit", {})
     window = options.get("context_window")
     shared = (
         tuple(window.index_list) if window is not None else None,
-        _fingerprint(options.get("patches", {}), dit, patches),
+        _fingerprint(options.get("patches", {}), dit, hooks),
+        control,
+        _weight_hooks(model),
         x.device,
     )
     names = [BRANCH_NAMES.get(kind, "other") for kind in options["cond_or_uncond"]]
     branches = tuple(Branch(name, (uuid, *shared)) for name, uuid in zip(names, options["uuids"], strict=True))
-    in_place = all(dit.get(key) is patch for key, patch in patches.items())
+    in_place = all(dit.get(key) is hook.patch for key, hook in hooks.items())
     return Call(
         evaluation=evaluation,
         branches=branches,
@@ -326,10 +371,22 @@ def _make_call(
     )
 
 
-def _fingerprint(patches: dict[str, Any], dit: dict[Any, Any], ours: dict[Any, Callable]) -> tuple:
+def _control(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a ControlNet takes part: where it sets in or ends, features are others. (c_concat, c_crossattn, control)"""
+    return (kwargs["control"] if "control" in kwargs else args[2] if len(args) > 2 else None) is not None
+
+
+def _weight_hooks(model: Any) -> tuple:
+    """Identify the weight hooks in force, with their strengths: they make another network of the same module."""
+    group = getattr(getattr(model, "current_patcher", None), "current_hooks", None)
+    return tuple((id(hook), getattr(hook, "strength", 1.0)) for hook in getattr(group, "hooks", ()))
+
+
+def _fingerprint(patches: dict[str, Any], dit: dict[Any, Any], ours: dict[Any, _Hook]) -> tuple:
     """Identify the foreign patches of a call: features made under other patches are other features."""
     lists = tuple((name, *map(id, entries)) for name, entries in sorted(patches.items()))
-    return lists, tuple((key, id(patch)) for key, patch in dit.items() if ours.get(key) is not patch)
+    foreign = ((key, patch) for key, patch in dit.items() if key not in ours or ours[key].patch is not patch)
+    return lists, tuple((key, id(patch)) for key, patch in foreign)
 
 
 def _prediction(model_sampling: Any, sigma: torch.Tensor, denoised: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -66,10 +66,10 @@ def test_bad_interval_names_itself(interval):
     [
         ({"method": "Magic"}, "method is 'Magic'; known methods: Taylor, EasyCache"),
         ({"interval": 0}, r"interval is 0; it must be a whole number in \[1, 16\]"),
-        ({"order": 3}, r"order is 3; .* in \[0, 2\]"),
+        ({"order": 4}, r"order is 4; .* in \[0, 3\]"),
         ({"warmup": -1}, "warmup is -1"),
         ({"tail": 1.5}, "tail is 1.5"),
-        ({"threshold": 1.01}, r"threshold is 1.01; it must lie in \[0, 1\]"),
+        ({"threshold": 1.01}, r"threshold is 1.01; it must be a number in \[0, 1\]"),
         ({"threshold": "much"}, "threshold is 'much'"),
         ({"speed": 2}, "unknown setting 'speed'"),
     ],
