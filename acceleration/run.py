@@ -95,7 +95,7 @@ class RunState:
 
     def end(self, seconds: Callable[[], float]) -> None:
         """Close the open evaluation; ``seconds`` gives its duration once the run is over."""
-        self.trace.close(seconds)
+        self.trace.close(self.evaluation, seconds)
         self.evaluation = None
 
     def network(self, call: Call, compute: Callable[[], torch.Tensor]) -> torch.Tensor:

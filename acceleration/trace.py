@@ -27,6 +27,7 @@ class TraceBuilder:
                 "sigma": evaluation.sigma,
                 "decision": "computed",
                 "reason": evaluation.reason,
+                "signal": None,
                 "seconds": None,
                 "branches": [],
             }
@@ -48,9 +49,11 @@ class TraceBuilder:
                 }
             )
 
-    def close(self, seconds: Callable[[], float]) -> None:
+    def close(self, evaluation: Evaluation, seconds: Callable[[], float]) -> None:
         """End the open entry. ``seconds`` is read when the document is made, not now."""
         entry = self.evaluations[-1]
+        entry["reason"] = entry["reason"] or evaluation.reason  # known late where a probe decides
+        entry["signal"] = evaluation.signal
         decisions = {branch["decision"] for branch in entry["branches"]} or {"computed"}
         entry["decision"] = decisions.pop() if len(decisions) == 1 else "mixed"
         self._seconds.append(seconds)

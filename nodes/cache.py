@@ -1,10 +1,19 @@
 """Feature caching."""
 
+import inspect
+
 from comfy_api.latest import io
 
-from ..acceleration.caching.methods import METHODS
+from ..acceleration.caching.methods import COORDINATES, LEVELS, METHODS, PRESETS
+from ..acceleration.caching.presets import ANY, Preset, load_preset
+from ..acceleration.errors import StrettoError
 from ..acceleration.hosts import comfy as host
 from ..acceleration.plan import Request
+
+#: A calibrated preset on its way from Stretto Calibrate.
+PRESET_TYPE = io.Custom("STRETTO_PRESET")
+#: Newer editors fold such inputs away.
+ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}
 
 
 class StrettoCache(io.ComfyNode):
@@ -18,16 +27,17 @@ class StrettoCache(io.ComfyNode):
             category="Stretto",
             description=(
                 "Skips steps of the transformer whose result can be predicted from the steps before. "
-                "Taylor is predictable and the better default; EasyCache decides by how much the picture moves."
+                "The defaults are a good start; Stretto Calibrate finds the settings for a quality or speed you name."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The diffusion transformer to accelerate (SD3, Wan, FLUX)."),
+                io.Model.Input("model", tooltip="The diffusion transformer to accelerate."),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
                     default="Taylor",
                     tooltip="Taylor: forecast the last block's output at fixed steps (TaylorSeer-Lite). "
-                    "EasyCache: reuse the last change while the input has moved little.",
+                    "EasyCache: reuse the last change while the input has moved little. Adaptive: decide as EasyCache, "
+                    "forecast as Taylor. The others are for comparison with their publications; see the help page.",
                 ),
                 io.Int.Input(
                     "interval",
@@ -40,7 +50,7 @@ class StrettoCache(io.ComfyNode):
                     "order",
                     default=1,
                     min=0,
-                    max=2,
+                    max=3,
                     tooltip="Degree of the forecast: 0 repeats the last features, 1 continues their line, "
                     "2 their parabola. Samplers that add noise use 0. (Taylor)",
                 ),
@@ -48,11 +58,12 @@ class StrettoCache(io.ComfyNode):
                     "threshold",
                     default=0.05,
                     min=0.0,
-                    max=1.0,
+                    max=10.0,
                     step=0.005,
                     round=0.001,
-                    tooltip="How much estimated change may add up before a step is computed: higher is faster, "
-                    "lower is closer to the plain picture. 0 turns it off. (EasyCache)",
+                    tooltip="How much estimated change a skipped step may have, or may add up to: higher is faster, "
+                    "lower is closer to the plain picture. 0 turns it off. (EasyCache, Adaptive, TeaCache, MagCache, "
+                    "FBCache, DBCache, CG-Taylor; each has a scale of its own)",
                 ),
                 io.Int.Input(
                     "warmup",
@@ -74,20 +85,126 @@ class StrettoCache(io.ComfyNode):
                     default=False,
                     tooltip="Stop with an error instead of sampling plainly when the cache cannot run.",
                 ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default=PRESETS[0],
+                    optional=True,
+                    tooltip="Where the numbers come from. as set: from this node. published: from the method's authors, for "
+                    "this model. quality, balanced, fast: measured with Stretto. The report says what was used.",
+                ),
+                io.Int.Input(
+                    "max_skips",
+                    default=0,
+                    min=0,
+                    max=100,
+                    optional=True,
+                    tooltip="Most steps skipped in a row; 0 is no limit. Skips in a cluster cost more than the same "
+                    "number spread out.",
+                    **ADVANCED,
+                ),
+                io.Int.Input(
+                    "first_blocks",
+                    default=1,
+                    min=1,
+                    max=100,
+                    optional=True,
+                    tooltip="Blocks at the front that always run and tell how much has changed. (DBCache)",
+                    **ADVANCED,
+                ),
+                io.Int.Input(
+                    "last_blocks",
+                    default=0,
+                    min=0,
+                    max=100,
+                    optional=True,
+                    tooltip="Blocks at the back that always run and correct what was reused. (DBCache)",
+                    **ADVANCED,
+                ),
+                io.Float.Input(
+                    "growth",
+                    default=0.75,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="How much the gap between computed steps grows with each of them. (Spectrum)",
+                    **ADVANCED,
+                ),
+                io.Float.Input(
+                    "damping",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Share of the slope that a forecast of order 1 keeps: 1 is the straight line, 0 reuse.",
+                    **ADVANCED,
+                ),
+                io.Combo.Input(
+                    "coordinate",
+                    options=list(COORDINATES),
+                    default=COORDINATES[0],
+                    optional=True,
+                    tooltip="What forecasts are made over: step number, noise level or log signal-to-noise ratio.",
+                    **ADVANCED,
+                ),
+                io.Combo.Input(
+                    "level",
+                    options=list(LEVELS),
+                    default="medium",
+                    optional=True,
+                    tooltip="Which static mask, from most to fewest computed steps. (SCM)",
+                    **ADVANCED,
+                ),
+                io.String.Input(
+                    "preset_file",
+                    default="",
+                    optional=True,
+                    tooltip="Path of a preset that Stretto Calibrate saved; it replaces everything above. Empty: none.",
+                    **ADVANCED,
+                ),
+                PRESET_TYPE.Input(
+                    "calibrated",
+                    optional=True,
+                    tooltip="A preset straight from Stretto Calibrate; it replaces everything above.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model")],
         )
 
     @classmethod
     def execute(
-        cls, model, method: str, interval: int, order: int, threshold: float, warmup: int, tail: int, required: bool
+        cls,
+        model,
+        method: str,
+        interval: int,
+        order: int,
+        threshold: float,
+        warmup: int,
+        tail: int,
+        required: bool,
+        preset_file: str = "",
+        calibrated: Preset | None = None,
+        **more,
     ) -> io.NodeOutput:
-        settings = {
-            "method": method,
-            "interval": interval,
-            "order": order,
-            "threshold": threshold,
-            "warmup": warmup,
-            "tail": tail,
-        }
+        if preset_file.strip():
+            if calibrated is not None:
+                raise StrettoError(
+                    "Stretto Cache: both preset_file and calibrated are given; clear the file name or unplug the preset"
+                )
+            calibrated = load_preset(preset_file.strip().strip('"'))
+        if calibrated is not None:
+            family = "" if calibrated.family == ANY else calibrated.family
+            settings = {"method": calibrated.method, **calibrated.settings, "family": family}
+        else:
+            settings = {
+                "method": method,
+                "interval": interval,
+                "order": order,
+                "threshold": threshold,
+                "warmup": warmup,
+                "tail": tail,
+                **more,
+            }
         return io.NodeOutput(host.request(model, Request("cache", settings, required=required)))

@@ -1,8 +1,13 @@
 """What the built-in presets know about a model."""
 
-from .magnitude import MagnitudeCurve
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from .magnitude import MagnitudeCurve, forced_steps, retained_steps
+from .methods import AS_SET, PUBLISHED, CacheSettings
 from .polynomial import ClampedPolynomial
-from .presets import Preset, find
+from .presets import ANY, MEASURED, Preset, builtin_presets, find
 
 #: The hook at Wan's first block shows the projected time embedding, which the "retention" coefficients belong to.
 _TEA_SUFFIX = {"wan": "-retention"}
@@ -25,3 +30,53 @@ def magnitude_curve(family: str, variant: str, steps: int | None = None) -> Magn
     """Return MagCache's magnitude curve of a model, the one nearest to a run of ``steps`` steps."""
     preset = preset_for(family, variant, "MagCache", steps)
     return None if preset is None else preset.curve()
+
+
+def effective(settings: CacheSettings, family: str, variant: str, steps: int) -> tuple[CacheSettings, str]:
+    """Return ``settings`` with the numbers of the preset they ask for, and a note about where those come from.
+
+    Args:
+        settings: of the request; ``preset`` says which numbers.
+        family: the model's family.
+        variant: which model of the family.
+        steps: steps of the run; presets state some numbers as shares of it.
+    """
+    if settings.preset == AS_SET:
+        return settings, ""
+    if settings.preset == PUBLISHED:
+        found = preset_for(family, variant, settings.method, steps)
+        numbers = found.at() if found else {}
+    else:
+        found = _measured(family, variant, settings.method, settings.preset)
+        numbers = found.at(settings.preset) if found else {}
+    if found is None:
+        what = f"{settings.preset} preset" if settings.preset != PUBLISHED else "published preset"
+        return settings, f"there is no {what} of {settings.method} for this model: the numbers set here are used"
+    fitting = "" if found.fits(steps) else f", meant for {found.steps[0]} to {found.steps[1]} steps"
+    return replace(settings, **_numbers(numbers, found, steps)), f"{settings.preset} preset: {found.provenance.words()}{fitting}"
+
+
+def _measured(family: str, variant: str, method: str, level: str) -> Preset | None:
+    """Return the measured preset of a method with ``level``, the most specific one."""
+    for wanted in ((family, variant), (family, ANY), (ANY, ANY)):
+        for preset in builtin_presets():
+            of = preset.family, preset.variant
+            if of == wanted and preset.method == method and preset.provenance.kind == MEASURED and level in preset.levels:
+                return preset
+    return None
+
+
+def _numbers(numbers: Mapping[str, Any], preset: Preset, steps: int) -> dict[str, Any]:
+    """Return a preset's numbers as fields of the settings; shares of the run become steps."""
+    known = {item.name for item in fields(CacheSettings)}
+    result = {name: value for name, value in numbers.items() if name in known and name != "forced"}
+    if "retention" in numbers:
+        result["warmup"] = retained_steps(numbers["retention"], steps)
+        result["tail"] = 0
+    if "start" in numbers:
+        result["warmup"] = max(int(numbers["start"] * steps), result.get("warmup", 0))
+    if "end" in numbers:
+        result["tail"] = max(steps - int(numbers["end"] * steps), result.get("tail", 0))
+    if "forced" in numbers:
+        result["forced"] = forced_steps(numbers["forced"], len(preset.data["ratios"]), steps)[0]
+    return result

@@ -1,7 +1,7 @@
 """The published caching methods as rows of one table, and the settings they share."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import StrettoError
@@ -22,7 +22,6 @@ class Method:
         residual: whether ``"blocks"`` stores what the range adds instead of what it yields.
         before: blocks that always run ahead of the range; None takes the setting ``first_blocks``.
         after: blocks that always run behind it; None takes the setting ``last_blocks``.
-        forecast_settings: fixed arguments of the forecaster.
         source: paper.
     """
 
@@ -35,7 +34,6 @@ class Method:
     residual: bool = False
     before: int | None = 0
     after: int | None = 0
-    forecast_settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def static(self) -> bool:
@@ -93,15 +91,50 @@ LIMITS = {
     "max_skips": (0, 100),
     "first_blocks": (1, 100),
     "last_blocks": (0, 100),
+    "forced": (-1, 1000),
+    "degree": (1, 8),
+    "snapshots": (2, 100),
 }
-NUMBERS = {"threshold": (0.0, 1.0), "growth": (0.0, 10.0), "damping": (0.0, 1.0)}
+NUMBERS = {
+    "threshold": (0.0, 10.0),
+    "growth": (0.0, 10.0),
+    "damping": (0.0, 1.0),
+    "ridge": (0.0, 10.0),
+    "blend": (0.0, 1.0),
+}
 COORDINATES = ("step", "sigma", "logsnr")
 LEVELS = ("slow", "medium", "fast", "ultra")
+#: Where the numbers come from: the request itself, the method's authors, or a measured trade of speed for quality.
+AS_SET, PUBLISHED = "as set", "published"
+PRESETS = (AS_SET, PUBLISHED, "quality", "balanced", "fast")
 
 
 @dataclass(frozen=True)
 class CacheSettings:
     """Validated settings of a cache request; the node's help page explains each.
+
+    Attributes:
+        method: key of :data:`METHODS`.
+        interval: compute every n-th step (``"interval"``).
+        order: degree of a polynomial forecast, 0 for reuse.
+        threshold: what a signal, or a sum of signals, must stay below.
+        warmup: first steps that are always computed.
+        tail: last steps that are always computed.
+        max_skips: most evaluations skipped in a row, 0 for no limit.
+        first_blocks: blocks ahead of the cached range (DBCache's F).
+        last_blocks: blocks behind it (DBCache's B).
+        growth: how much Spectrum's window grows with every computed step.
+        damping: share of the slope that a line keeps.
+        coordinate: what forecasts are made over: ``"step"``, ``"sigma"`` or ``"logsnr"``.
+        level: which static mask (SCM).
+        mask: the mask of ``"Schedule"``, ``#`` computed and ``.`` skipped.
+        preset: one of :data:`PRESETS`; other than "as set" it replaces the numbers by a preset's.
+        family: the architecture family these settings were calibrated for, "" for any.
+        forced: one step that is computed besides, -1 for none.
+        degree: Spectrum's highest polynomial.
+        ridge: Spectrum's penalty.
+        snapshots: Spectrum's window.
+        blend: share of Spectrum's fit, against the line.
 
     Raises:
         StrettoError: a value is out of range; the message names field, value and range.
@@ -121,11 +154,19 @@ class CacheSettings:
     coordinate: str = "step"
     level: str = "medium"
     mask: str = ""
+    preset: str = AS_SET
+    family: str = ""
+    forced: int = -1
+    degree: int = 4
+    ridge: float = 0.1
+    snapshots: int = 10
+    blend: float = 0.5
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("coordinate", self.coordinate, COORDINATES)
         _one_of("level", self.level, LEVELS)
+        _one_of("preset", self.preset, PRESETS)
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -134,8 +175,9 @@ class CacheSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 raise StrettoError(f"Stretto Cache: {name} is {value!r}; it must be a number in [{low:g}, {high:g}]")
-        if not isinstance(self.mask, str):
-            raise StrettoError(f"Stretto Cache: mask is {self.mask!r}; it must be text such as '###.#.##'")
+        for name in ("mask", "family"):
+            if not isinstance(getattr(self, name), str):
+                raise StrettoError(f"Stretto Cache: {name} is {getattr(self, name)!r}; it must be text")
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> "CacheSettings":
@@ -148,5 +190,5 @@ class CacheSettings:
 
 def _one_of(name: str, value: Any, known: Mapping[str, Any] | tuple[str, ...]) -> None:
     if value not in known:
-        many = {"method": "methods", "coordinate": "coordinates", "level": "levels"}[name]
+        many = {"method": "methods", "coordinate": "coordinates", "level": "levels", "preset": "presets"}[name]
         raise StrettoError(f"Stretto Cache: {name} is {value!r}; known {many}: {', '.join(known)}")

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, replace
 
+from ..errors import StrettoError
 from ..facts import ACTIVE, OFF, REDUCED, Facts, Outcome
 from ..plan import Request
 from ..sampling import coordinate_of
 from .decision import AccumulatePolicy, Decision, MaskPolicy, Policy, ThresholdPolicy
 from .forecast import FORECASTERS
 from .indicator import TransformRate
-from .lookup import magnitude_curve, tea_polynomial
+from .lookup import effective, magnitude_curve, tea_polynomial
 from .magnitude import magnitude_mask
 from .masks import growing_mask, parse_mask, scm_mask, stretch, strip
 from .methods import METHODS, CacheSettings, Method
@@ -22,6 +23,8 @@ from .tap import BLOCKS, DELTA, OUTPUT
 MEMORY_SHARE = 0.5
 #: MagCache's usual limit, for a setting of "no limit": its law says nothing about direction (arXiv 2506.09045).
 MOST_SKIPS = 4
+#: Settings that forecasters take; each ignores what means nothing to it.
+FORECAST_SETTINGS = ("order", "damping", "degree", "ridge", "snapshots", "blend")
 #: Spectrum's first window: skips between computed steps start at one (arXiv 2603.01623).
 FIRST_WINDOW = 2.0
 
@@ -53,10 +56,17 @@ class CacheTechnique:
         blocked = facts.obstacle()
         if blocked:
             return Outcome(self.name, OFF, blocked)
+        if settings.family and settings.family != facts.descriptor.family:
+            raise StrettoError(
+                f"Stretto Cache: the preset was calibrated for {settings.family}, this model is {facts.descriptor.family}; "
+                "calibrate one for it"
+            )
         notes: list[str] = []
+        settings, origin = effective(settings, facts.descriptor.family, facts.variant, facts.schedule.steps)
         method = _fitting(METHODS[settings.method], settings, facts, notes)
         reduced = bool(notes)
-        rails = Rails(settings.warmup, settings.tail, request.interval)
+        forced = frozenset({settings.forced}) - {-1}
+        rails = Rails(settings.warmup, settings.tail, request.interval, forced)
         try:
             plan = _plan(method, settings, rails, facts, notes)
         except NotHere as reason:
@@ -69,8 +79,9 @@ class CacheTechnique:
         if tap.kind == BLOCKS and not 0 <= tap.first < tap.last:
             count = len(facts.descriptor.sites(facts.network))
             return Outcome(self.name, OFF, f"{tap.first} + {count - tap.last} blocks always run, the model has {count}")
-        forecast = FORECASTERS[method.forecaster]
-        arguments = {"order": settings.order, "damping": settings.damping, **method.forecast_settings}
+        damped = method.forecaster == "newton" and settings.order == 1 and settings.damping < 1.0
+        forecast = FORECASTERS["line" if damped else method.forecaster]
+        arguments = {name: getattr(settings, name) for name in FORECAST_SETTINGS}
         depth, weights = forecast.depth(**arguments), _bind(forecast.weights, steps, arguments)
         if facts.sampler.stochastic and depth > 1:
             depth, weights, reduced = 1, _reuse, True
@@ -93,6 +104,8 @@ class CacheTechnique:
             facts.descriptor,
             coordinate_of(settings.coordinate),
         )
+        if origin:
+            notes.insert(0, origin)
         notes.insert(0, _headline(settings.method, plan.mask, rails, steps))
         return Outcome(
             self.name,
@@ -172,7 +185,10 @@ def _mask(method: Method, settings: CacheSettings, rails: Rails, facts: Facts, n
                 "no magnitude curve is known for this model: Stretto Profile measures one, or choose another method"
             )
         ratios = curve.step_ratios(facts.schedule.sigmas[:steps])
-        return magnitude_mask(ratios, settings.threshold, settings.max_skips or MOST_SKIPS, 0.0, steps)
+        free = [step for step in range(steps) if rails.reason(step, steps) is None]
+        first = free[0] if free else steps
+        mask = magnitude_mask(ratios[first:], settings.threshold, settings.max_skips or MOST_SKIPS, 0.0, steps - first)
+        return (True,) * first + mask
     if method.policy == "mask" and method.name == "SCM":
         return scm_mask(settings.level, steps)
     if method.policy == "mask":

@@ -69,7 +69,7 @@ def test_bad_interval_names_itself(interval):
         ({"order": 4}, r"order is 4; .* in \[0, 3\]"),
         ({"warmup": -1}, "warmup is -1"),
         ({"tail": 1.5}, "tail is 1.5"),
-        ({"threshold": 1.01}, r"threshold is 1.01; it must be a number in \[0, 1\]"),
+        ({"threshold": 10.5}, r"threshold is 10.5; it must be a number in \[0, 10\]"),
         ({"threshold": "much"}, "threshold is 'much'"),
         ({"speed": 2}, "unknown setting 'speed'"),
     ],
