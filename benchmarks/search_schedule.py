@@ -3,11 +3,11 @@
     .venv/bin/python benchmarks/search_schedule.py image --computed 16 14 12 10 --minutes 5
     .venv/bin/python benchmarks/search_schedule.py video
 
-For each number of computed steps: starts from the best of the even masks with several warm-ups and tails, then moves one
-computed step at a time as long as that helps (hill climbing). A run samples eight captions of the *training* names at
-once, with seeds that no benchmark uses; what counts is the mean and the worst PSNR of the latents to the plain run,
-half each. benchmarks/caching.py then measures the masks on held-out prompts. Prints one line per improvement and
-writes benchmarks/results/schedules-<model>.json.
+For each number of computed steps: starts from the best of the even masks with several warm-ups and tails and of several
+dampings of the line, then moves one computed step at a time as long as that helps (hill climbing). A run samples eight
+captions of *training* names at once, with seeds that no benchmark uses; what counts is the mean and the worst PSNR of
+the latents to the plain run, half each. benchmarks/caching.py then measures the masks on held-out prompts. Prints one
+line per improvement and writes benchmarks/results/schedules-<model>.json.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from caching import MODELS, RESULTS, Bench
 from overhead import ROOT, prepare
 
 CAPTIONS, SEED, FIRST, LAST = 8, 5000, 2, 1
+DAMPINGS = (1.0, 0.8, 0.6, 0.4)
 
 
 def captions(which: str) -> list[str]:
@@ -51,7 +52,7 @@ class Search:
         self.empty = torch.zeros(len(rows), *bench.spec["latent"][1:])
         self.plain = self._sample(None)
 
-    def _sample(self, mask: str | None):
+    def _sample(self, mask: str | None, damping: float = 1.0):
         import comfy.sample
         import torch
 
@@ -60,7 +61,7 @@ class Search:
 
         model = self.bench.model
         if mask:
-            settings = {"method": "Schedule", "mask": mask, "order": 1, "warmup": 0, "tail": 0}
+            settings = {"method": "Schedule", "mask": mask, "order": 1, "damping": damping, "warmup": 0, "tail": 0}
             model = host.request(model, Request("cache", settings))
         noise = comfy.sample.prepare_noise(self.empty, SEED)
         with torch.inference_mode():
@@ -68,14 +69,14 @@ class Search:
                 model, noise, self.steps, 5.0, "euler", "simple", *self.pair, self.empty, disable_pbar=True, seed=SEED
             )
 
-    def quality(self, mask: str) -> float:
+    def quality(self, mask: str, damping: float = 1.0) -> float:
         """Half the mean and half the worst PSNR of the latents over the captions, in dB."""
-        if mask not in self.seen:
-            error = (self._sample(mask) - self.plain).square().flatten(1).mean(1)
+        if (mask, damping) not in self.seen:
+            error = (self._sample(mask, damping) - self.plain).square().flatten(1).mean(1)
             spread = self.plain.square().mean()
             values = (-10 * (error / spread).clamp(min=1e-12).log10()).tolist()
-            self.seen[mask] = 0.5 * sum(values) / len(values) + 0.5 * min(values)
-        return self.seen[mask]
+            self.seen[mask, damping] = 0.5 * sum(values) / len(values) + 0.5 * min(values)
+        return self.seen[mask, damping]
 
 
 def _stack(rows: list) -> list:
@@ -96,9 +97,9 @@ def even_masks(steps: int, computed: int):
                 yield "".join("#" if m else "." for m in mask)
 
 
-def climb(search: Search, mask: str, until: float, rng: random.Random) -> str:
+def climb(search: Search, mask: str, damping: float, until: float, rng: random.Random) -> str:
     """Move single computed steps while that helps and time is left."""
-    best = search.quality(mask)
+    best = search.quality(mask, damping)
     improved = True
     while improved and time.monotonic() < until:
         improved = False
@@ -111,8 +112,8 @@ def climb(search: Search, mask: str, until: float, rng: random.Random) -> str:
             moved = list(mask)
             moved[i], moved[j] = ".", "#"
             trial = "".join(moved)
-            if search.quality(trial) > best + 0.02:
-                mask, best, improved = trial, search.quality(trial), True
+            if search.quality(trial, damping) > best + 0.02:
+                mask, best, improved = trial, search.quality(trial, damping), True
                 print(f"  {mask}  {best:.2f} dB", flush=True)
                 break
     return mask
@@ -132,15 +133,18 @@ def main() -> None:
     for computed in args.computed:
         until = time.monotonic() + 60 * args.minutes
         start = max(even_masks(args.steps, computed), key=search.quality)
+        damping = max(DAMPINGS, key=lambda d: search.quality(start, d))
         print(f"{computed} computed: {start}  {search.quality(start):.2f} dB, the best even mask", flush=True)
-        mask = climb(search, start, until, random.Random(computed))
+        mask = climb(search, start, damping, until, random.Random(computed))
+        damping = max(DAMPINGS, key=lambda d: search.quality(mask, d))
         found[computed] = {
             "mask": mask,
-            "quality": search.quality(mask),
+            "damping": damping,
+            "quality": search.quality(mask, damping),
             "even": start,
             "even_quality": search.quality(start),
         }
-        print(f"{computed} computed: {mask}  {search.quality(mask):.2f} dB", flush=True)
+        print(f"{computed} computed: {mask}  damping {damping:g}  {search.quality(mask, damping):.2f} dB", flush=True)
     document = {
         "model": args.model,
         "steps": args.steps,
