@@ -186,7 +186,8 @@ def _mask(method: Method, settings: CacheSettings, rails: Rails, facts: Facts, n
             )
         ratios = curve.step_ratios(facts.schedule.sigmas[:steps])
         free = [step for step in range(steps) if rails.reason(step, steps) is None]
-        first = free[0] if free else steps
+        # The first step has nothing to reuse, so it never counts as the first of a row of skips.
+        first = max(free[0], 1) if free else steps
         mask = magnitude_mask(ratios[first:], settings.threshold, settings.max_skips or MOST_SKIPS, 0.0, steps - first)
         return (True,) * first + mask
     if method.policy == "mask" and method.name == "SCM":
