@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from .caching.profiling import ProfileTechnique
+from .caching.table import TableTechnique
 from .caching.technique import CacheTechnique
 from .errors import ConflictError, StrettoError
 from .facts import Facts, Outcome
@@ -21,7 +23,10 @@ class Technique(Protocol):
 
 
 #: Every technique, in execution order inside a step (outermost first).
-TECHNIQUES: dict[str, Technique] = {technique.name: technique for technique in (MeasureTechnique(), CacheTechnique())}
+TECHNIQUES: dict[str, Technique] = {
+    technique.name: technique
+    for technique in (MeasureTechnique(), CacheTechnique(), TableTechnique(), ProfileTechnique())
+}
 
 
 def compatible(first: str, second: str) -> bool:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -36,6 +36,16 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free everything."""
+
+
+@runtime_checkable
+class Recorder(Protocol):
+    """A session that also hands something over when its run has completed."""
+
+    name: str
+
+    def record(self) -> dict[str, Any]:
+        """Return JSON values that belong to nobody else's eyes; whoever asked takes them out of the trace."""
 
 
 Clock = Callable[[], Callable[[], float]]
@@ -128,6 +138,10 @@ class RunState:
     def peak_bytes(self) -> int:
         """Most bytes that stored features have taken so far."""
         return sum(session.peak_bytes for session in self.sessions)
+
+    def records(self) -> dict[str, Any]:
+        """Return what recording sessions have written down, by their name, as JSON values; read before :meth:`close`."""
+        return {session.name: session.record() for session in self.sessions if isinstance(session, Recorder)}
 
     def close(self) -> None:
         """Drop every stored tensor."""

@@ -6,10 +6,13 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from .cache import StrettoCache
+from .calibrate import StrettoCalibrate
 from .demo import StrettoDemoText
 from .measure import StrettoMeasure
+from .profile import StrettoProfile
 from .report import StrettoReport
 from .routes import register_routes
+from .schedule import StrettoCacheSchedule
 
 DEMO_MODELS = Path(__file__).resolve().parent.parent / "demo" / "models"
 
@@ -30,4 +33,12 @@ class StrettoExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return every node of the pack."""
-        return [StrettoCache, StrettoReport, StrettoMeasure, StrettoDemoText]
+        return [
+            StrettoCache,
+            StrettoReport,
+            StrettoMeasure,
+            StrettoDemoText,
+            StrettoProfile,
+            StrettoCalibrate,
+            StrettoCacheSchedule,
+        ]

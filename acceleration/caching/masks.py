@@ -1,5 +1,6 @@
 """Static compute masks: which steps, or which blocks at which step, are computed. True means computed."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -153,7 +154,9 @@ def stretch(mask: Sequence[bool], steps: int) -> Mask:
     if len(old_at) == 1:
         return (True,) * steps
     share = (end - start) / (old_at[-1] - old_at[0])
-    phases = np.linspace(0, len(old_at) - 1, max(round((len(old_at) - 1) * share), 1) + 1)
+    # Rounded up: one step too many costs time, a longer gap costs the picture.
+    gaps = max(math.ceil((len(old_at) - 1) * share - 1e-9), 1)
+    phases = np.linspace(0, len(old_at) - 1, gaps + 1)
     positions = start + (np.interp(phases, range(len(old_at)), old_at) - old_at[0]) * share
     chosen = {int(np.floor(position + 0.5)) for position in positions}
     return tuple(step in chosen for step in range(steps))

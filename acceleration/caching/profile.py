@@ -26,7 +26,8 @@ class Profile:
         sigmas: N + 1 noise levels, the last is the run's end; strictly falling.
         positions: N step positions, rising.
         sketches: [N, m] fp32, sketches of the feature that would be stored (:class:`~.sketch.CountSketch`).
-        log_norms: N natural logarithms of that feature's Euclidean norm.
+        log_norms: N natural logarithms of the Euclidean norm of what the stack of blocks adds (of the network's output
+            less its input where blocks are out of reach).
         signals: by indicator's name, N scalars; None where it had nothing to compare with.
         seconds_computed: of one computed evaluation.
         seconds_skipped: of one skipped evaluation; None when it was not timed.

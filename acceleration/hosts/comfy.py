@@ -34,6 +34,8 @@ from .trace_store import TraceStore
 
 KEY = "stretto"
 PLAN_KEY = "stretto_plan"
+#: Techniques that ComfyUI's own caches must not stand beside.
+SKIPPING = ("cache", "table")
 BRANCH_NAMES = {0: "cond", 1: "uncond"}
 log = logging.getLogger("stretto")
 
@@ -56,7 +58,7 @@ def request(model: Any, wanted: Request) -> Any:
         StrettoError: bad settings, or a request that cannot share the model with another.
     """
     plan = add_request(plan_of(model), wanted)
-    if wanted.technique == "cache":
+    if wanted.technique in SKIPPING:
         _refuse_core_cache(model.model_options.get("transformer_options", {}))
     clone = model.clone()
     clone.model_options.setdefault("transformer_options", {})[PLAN_KEY] = plan
@@ -80,7 +82,7 @@ def _outer_sample(executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor
     guider, noise, sampler, sigmas = executor.class_obj, args[0], args[2], args[3]
     before = guider.model_options
     plan = before.get("transformer_options", {}).get(PLAN_KEY, Plan())
-    if plan.of("cache"):
+    if any(plan.of(name) for name in SKIPPING):
         _refuse_core_cache(before["transformer_options"])
     patcher = guider.model_patcher
     facts = _facts(guider, noise, sampler, sigmas, kwargs.get("latent_shapes"))
@@ -115,8 +117,10 @@ def _outer_sample(executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor
         synchronize(device)
         guider.model_options = before
         memory = {**peak_memory(device), "store_peak_bytes": run.peak_bytes}
+        records = run.records() if outcome == "completed" else {}
         run.close()
         document = run.trace.document(outcome, elapsed(), run.overhead, memory)
+        document |= {"records": records} if records else {}
         TRACES.add(*_execution_ids(), document)
 
 

@@ -24,6 +24,16 @@ class TraceStore:
                 self._traces.popitem(last=False)
             return trace
 
+    def take_record(self, name: str, token: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Take the record ``name`` that carries ``token`` out of its trace; return record and trace, or None."""
+        with self._lock:
+            for key, trace in reversed(self._traces.items()):
+                record = trace.get("records", {}).get(name)
+                if record is not None and record["token"] == token:
+                    self._traces[key] = kept = {field: trace[field] for field in trace if field != "records"}
+                    return record, kept
+        return None
+
     def of_prompt(self, prompt_id: str | None) -> list[dict[str, Any]]:
         """Return the traces of one prompt, in the order they were made."""
         with self._lock:

@@ -29,6 +29,13 @@ def test_ids_and_input_order_are_for_ever(nodes):
     assert inputs["StrettoMeasure"][:2] == ["model", "nonce"]
     assert inputs["StrettoReport"][:1] == ["samples"]
     assert inputs["StrettoDemoText"][:1] == ["text"]
+    assert inputs["StrettoProfile"][:10] == [
+        "model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "sampler_name", "scheduler", "denoise",
+    ]
+    assert inputs["StrettoCalibrate"][:8] == [
+        "profile", "target", "value", "forecaster", "extra_seeds", "probes", "name", "vae",
+    ]
+    assert inputs["StrettoCacheSchedule"][:4] == ["model", "schedule", "forecaster", "required"]
 
 
 def test_everything_is_explained(nodes):

@@ -1,0 +1,232 @@
+"""From a profile and a target to one mask, by real runs: what is predicted is measured before it is believed."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..errors import StrettoError
+from ..quality import psnr, ssim
+from .calibration import Candidate, bisect_quality, choose_for_speed, distinct_masks, frontier, speed
+from .masks import Mask, strip
+from .policy import Rails
+from .prediction import interpolate_amplification, mask_error, measured_amplification, pair_errors
+from .profile import Profile
+
+PSNR, SSIM, SPEED = "psnr", "ssim", "speed"
+UNITS = {PSNR: "dB", SSIM: "SSIM", SPEED: "x"}
+#: The first two steps give a line its two points; the last one takes the largest stride in noise.
+RAILS = Rails(2, 1)
+#: Longest run of skipped steps: the profile knows nothing of how far a run drifts meanwhile.
+MOST_SKIPS = 6
+#: Real runs that a speed target may take before the nearest miss is reported.
+SPEED_TRIES = 6
+#: Longest run whose amplification is worth probing.
+PROBE_STEPS = 60
+ORDERS = {"reuse": 0, "line": 1}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One real run: its picture [B, H, W, C] in 0..1, or its latent; and its seconds in the sampler."""
+
+    picture: torch.Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What real runs of one mask gave, per seed.
+
+    Attributes:
+        mask: True is computed.
+        psnr: dB to the plain run of the same seed.
+        ssim: None without pictures.
+        speed: seconds of the plain run over those of this one.
+    """
+
+    mask: Mask
+    psnr: tuple[float, ...]
+    ssim: tuple[float, ...] | None
+    speed: tuple[float, ...]
+
+    def median(self, kind: str) -> float:
+        """Return the median over seeds of ``"psnr"``, ``"ssim"`` or ``"speed"``; of an even number the lower one."""
+        return statistics.median_low(getattr(self, kind))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The mask that meets the target, and everything that was learned on the way.
+
+    Attributes:
+        measured: the chosen mask's figures.
+        candidate: the same mask with its predicted error.
+        profile: the profile with what the probes said.
+        frontier: candidates that no other beats, most computed first.
+        tried: every mask that was run.
+        runs: number of real runs, plain ones and probes included.
+    """
+
+    measured: Measured
+    candidate: Candidate
+    profile: Profile
+    frontier: tuple[Candidate, ...]
+    tried: tuple[Measured, ...]
+    runs: int
+
+
+@dataclass
+class Search:
+    """Finds the boldest mask that keeps a quality, or the closest one that reaches a speed.
+
+    Args:
+        profile: the recorded run.
+        run: (mask, None for plain; order of the forecast; index of the seed, 0 for the profile's) -> :class:`Run`.
+        forecaster: ``"line"`` or ``"reuse"``.
+        seeds: how many seeds every mask is run with.
+        pictures: whether runs give pictures in 0..1, or latents.
+        probes: single-step runs that measure how much an error at one step changes the result; 0 for the prior.
+    """
+
+    profile: Profile
+    run: Callable[[Mask | None, int, int], Run]
+    forecaster: str = "line"
+    seeds: int = 1
+    pictures: bool = False
+    probes: int = 5
+    runs: int = 0
+    tried: dict[Mask, Measured] = field(default_factory=dict)
+    _plain: list[Run] = field(default_factory=list)
+
+    def expected_runs(self) -> int:
+        """Return about how many real runs :meth:`choose` takes."""
+        return self.seeds + len(self._probed()) + self.seeds * (math.ceil(math.log2(max(self.profile.steps, 2))) + 1)
+
+    def choose(self, kind: str, target: float) -> Choice:
+        """Return the choice for ``"psnr"``, ``"ssim"`` or ``"speed"`` of at least ``target``.
+
+        Raises:
+            StrettoError: no mask meets it; the message names the best that was measured.
+        """
+        if kind == SSIM and not self.pictures:
+            raise StrettoError("a target in SSIM is measured on pictures: connect a VAE, or choose PSNR")
+        if self.profile.steps < 5:
+            raise StrettoError(
+                f"a run of {self.profile.steps} steps has nothing to skip: the first two and the last are always computed, "
+                "and 5 steps are the least"
+            )
+        self._plain = [self._go(None, 0, seed) for seed in range(self.seeds)]
+        self._probe()
+        candidates = distinct_masks(self.profile, RAILS, self.forecaster, MOST_SKIPS)
+        ordered = [candidate for candidate in frontier(candidates) if not all(candidate.mask)]
+        if not ordered:
+            raise StrettoError(f"no mask of {self.profile.steps} steps skips anything")
+        found = self._fast(ordered, target) if kind == SPEED else self._close(ordered, kind, target)
+        return Choice(
+            self.tried[found.mask], found, self.profile, tuple(ordered), tuple(self.tried.values()), self.runs
+        )
+
+    def measure(self, mask: Mask) -> Measured:
+        """Run a mask with every seed, once; later calls answer from memory."""
+        if mask not in self.tried:
+            runs = [self._go(mask, ORDERS[self.forecaster], seed) for seed in range(self.seeds)]
+            pairs = list(zip(runs, self._plain, strict=True))
+            peak = 1.0 if self.pictures else None
+            self.tried[mask] = Measured(
+                mask,
+                tuple(psnr(run.picture, plain.picture, peak) for run, plain in pairs),
+                tuple(ssim(run.picture, plain.picture) for run, plain in pairs) if self._has_ssim() else None,
+                tuple(plain.seconds / run.seconds for run, plain in pairs),
+            )
+        return self.tried[mask]
+
+    def _close(self, ordered: Sequence[Candidate], kind: str, target: float) -> Candidate:
+        found = bisect_quality(ordered, lambda mask: self.measure(mask).median(kind), target)
+        if found is not None:
+            return found
+        self.measure(ordered[0].mask)
+        best = max(self.tried.values(), key=lambda measured: measured.median(kind))
+        raise StrettoError(
+            f"no mask keeps {target:g} {UNITS[kind]}: the best is {best.median(kind):.4g} {UNITS[kind]} with "
+            f"{sum(best.mask)} of {len(best.mask)} steps computed ({strip(best.mask)}). Lower the target or use more steps"
+        )
+
+    def _fast(self, ordered: Sequence[Candidate], target: float) -> Candidate:
+        steps, cost = self.profile.steps, self.profile.skipped_cost
+        chosen = choose_for_speed(ordered, target, cost) or ordered[-1]
+        for candidate in ordered[ordered.index(chosen) :][:SPEED_TRIES]:
+            if self.measure(candidate.mask).median(SPEED) >= target:
+                return candidate
+        # The boldest mask is the last word on what is possible.
+        if self.measure(ordered[-1].mask).median(SPEED) >= target:
+            return ordered[-1]
+        best = max(self.tried.values(), key=lambda measured: measured.median(SPEED))
+        raise StrettoError(
+            f"no mask reaches {target:g}x: the fastest measured is {best.median(SPEED):.2f}x with {sum(best.mask)} of {steps} "
+            f"steps computed ({strip(best.mask)}), predicted {speed(sum(best.mask), steps, cost):.2f}x. Lower the target"
+        )
+
+    def _has_ssim(self) -> bool:
+        return self.pictures and min(self._plain[0].picture.shape[1:3]) >= 11
+
+    def _go(self, mask: Mask | None, order: int, seed: int) -> Run:
+        self.runs += 1
+        return self.run(mask, order, seed)
+
+    def _probed(self) -> tuple[int, ...]:
+        """Return the steps to probe: more of them early, where the amplification falls fastest."""
+        steps = self.profile.steps
+        if steps > PROBE_STEPS or not self.probes:
+            return ()
+        at = (((i + 0.5) / self.probes) ** 1.5 for i in range(self.probes))
+        return tuple(sorted({min(max(round(share * steps), 1), steps - 1) for share in at}))
+
+    def _probe(self) -> None:
+        """Measure how much the result changes when one step alone reuses the step before.
+
+        Changes are related to the distance of the stored features, so that predicted errors come out in the units of
+        the result. The built-in decay is no law: on other models errors of late steps count more.
+        """
+        probed = self._probed()
+        if not probed:
+            return
+        steps, plain = self.profile.steps, self._plain[0].picture.double()
+        final = {}
+        for step in probed:
+            mask = tuple(index != step for index in range(steps))
+            final[step] = float((self._go(mask, 0, 0).picture.double() - plain).norm())
+        errors = pair_errors(self.profile)
+        changes = [0.0, *(float(errors[step - 1, step]) for step in range(1, steps))]
+        factors = measured_amplification(final, self.profile.sigmas, changes)
+        self.profile = replace(self.profile, amplification=interpolate_amplification(factors, steps))
+
+
+def predicted_quality(choice: Choice, kind: str, forecaster: str) -> list[tuple[float, float]]:
+    """Return (speed-up, quality) of every candidate of the frontier as the profile predicts them, for drawing.
+
+    PSNR falls by 20 dB when the error grows tenfold, and 1 - SSIM grows with its square; the level is the median of what
+    the measured masks say.
+    """
+    steps, cost = choice.profile.steps, choice.profile.skipped_cost
+
+    def level(error: float) -> float:
+        return 20.0 * math.log10(max(error, 1e-30))
+
+    offsets = []
+    for measured in choice.tried:
+        error, value = mask_error(choice.profile, measured.mask, forecaster), measured.median(kind)
+        quality = value if kind == PSNR else -10.0 * math.log10(max(1.0 - value, 1e-12))
+        if math.isfinite(quality) and error > 0:
+            offsets.append(quality + level(error))
+    if not offsets:
+        return []
+    offset, points = statistics.median(offsets), []
+    for candidate in choice.frontier:
+        if candidate.error > 0:
+            decibels = offset - level(candidate.error)
+            quality = decibels if kind == PSNR else 1.0 - 10.0 ** (-decibels / 10.0)
+            points.append((speed(candidate.computed, steps, cost), quality))
+    return points

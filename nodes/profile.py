@@ -1,0 +1,164 @@
+"""A profile of the user's own model, prompt and sampler."""
+
+import math
+from dataclasses import dataclass
+
+import comfy.samplers
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
+
+from ..acceleration.caching.calibration import pair_errors
+from ..acceleration.caching.profile import Profile
+from ..acceleration.errors import StrettoError
+from ..acceleration.hosts.comfy_profile import TIMING_MASK, profile
+from ..acceleration.hosts.comfy_sampling import SamplingJob
+from .charts import BLUE, GREEN, ORANGE, PINK, Chart, Series, as_image, draw_charts
+
+ProfileType = io.Custom("STRETTO_PROFILE")
+
+#: Signals as a reader knows them, with their colours.
+SIGNALS = {
+    "rate": ("expected change of the output (EasyCache)", ORANGE),
+    "input": ("modulated input (TeaCache)", GREEN),
+    "residual": ("first block (FBCache)", PINK),
+    "output": ("output", BLUE),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ProfiledRun:
+    """What travels along a STRETTO_PROFILE link: the profile, and what it takes to sample again."""
+
+    profile: Profile
+    job: SamplingJob
+    latent: torch.Tensor
+
+
+class StrettoProfile(io.ComfyNode):
+    """Record one plain run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="StrettoProfile",
+            display_name="Stretto Profile",
+            category="Stretto",
+            description="Samples once with nothing skipped and records how much each step changes. "
+            "Stretto Calibrate turns the record into settings for a quality or a speed of your choice.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model, with its LoRAs and without anything that skips steps."),
+                io.Conditioning.Input("positive", tooltip="A prompt like those you mean to use."),
+                io.Conditioning.Input("negative", tooltip="As for KSampler."),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise; its size is part of the result."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Seed of the noise."),
+                io.Int.Input("steps", default=28, min=1, max=256, tooltip="Steps of the runs you mean to accelerate."),
+                io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale."),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="euler",
+                    tooltip="As for KSampler.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="simple",
+                    tooltip="As for KSampler.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the noise levels that is run.",
+                ),
+            ],
+            outputs=[
+                ProfileType.Output(display_name="profile"),
+                io.Image.Output(display_name="curves"),
+                io.String.Output(display_name="summary"),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        latent_image: dict,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        denoise: float,
+    ) -> io.NodeOutput:
+        job = SamplingJob(model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
+        found, latent = profile(model, job, lambda other: job(other, steps=len(TIMING_MASK)))
+        picture, text = as_image(curves(found)), summary(found)
+        shown = ui.PreviewImage(picture, cls=cls).as_dict()
+        return io.NodeOutput(ProfiledRun(found, job, latent), picture, text, ui={**shown, "text": (text,)})
+
+
+def curves(found: Profile) -> Image.Image:
+    """Return the picture of a profile: what changes from step to step, and how large what the stack adds is."""
+    x = found.positions
+    signals = [
+        Series(SIGNALS[name][0], [None if v is None else (at, v) for at, v in zip(x, values)], SIGNALS[name][1])
+        for name, values in found.signals.items()
+        if name in SIGNALS
+    ]
+    base = found.log_norms[0]
+    norms = Series(
+        "size, first step = 1 (MagCache)", [(at, math.exp(v - base)) for at, v in zip(x, found.log_norms)], BLUE
+    )
+    return draw_charts(
+        _title(found),
+        [
+            Chart("Relative change since the step before", "step", signals, zero=True),
+            Chart("What the stack of blocks adds", "step", [norms], zero=True),
+        ],
+    )
+
+
+def summary(found: Profile) -> str:
+    """Return a profile in a few plain sentences."""
+    about = found.about
+    lines = [
+        _title(found),
+        f"Recorded: {about['feature']}, conditional branch; {found.sketches.shape[1]} numbers a step.",
+    ]
+    if found.seconds_skipped is None:
+        lines.append(f"A computed evaluation takes {found.seconds_computed:.4g} s; a skipped one was not timed.")
+    else:
+        lines.append(
+            f"A computed evaluation takes {found.seconds_computed:.4g} s, a skipped one {found.seconds_skipped:.4g} s "
+            f"({found.skipped_cost:.0%})."
+        )
+    if found.steps > 1:
+        errors = pair_errors(found)
+        changes = [float(errors[step - 1, step]) for step in range(1, found.steps)]
+        most, least = changes.index(max(changes)) + 1, changes.index(min(changes)) + 1
+        lines.append(f"The stored feature changes most at step {most} and least at step {least} (counted from 0).")
+    return "\n".join(lines)
+
+
+def profiled(run: object) -> ProfiledRun:
+    """Return ``run`` if it is a profiled run.
+
+    Raises:
+        StrettoError: something else was connected.
+    """
+    if not isinstance(run, ProfiledRun):
+        raise StrettoError(f"profile is a {type(run).__name__}; connect the output of Stretto Profile")
+    return run
+
+
+def _title(found: Profile) -> str:
+    about = found.about
+    return f"{about['family']} · {about['sampler']}, {found.steps} steps · CFG {about['cfg']} · seed {about['seed']}"
