@@ -76,8 +76,11 @@ class Figures:
         }
 
 
-def arms_for(steps: int) -> list[Arm]:
-    """The arms of one step count: plain, its cheap rivals, core's caches, and the rows of our table."""
+def arms_for(steps: int, which: str) -> list[Arm]:
+    """The arms of one step count: plain, its cheap rivals, core's caches, the rows of our table, and searched masks.
+
+    The masks come from search_schedule.py, were found for 28 steps and are stretched to other numbers.
+    """
     arms = [Arm("plain")]
     arms += [
         Arm(f"{c} steps", steps=c) for c in dict.fromkeys(round(steps * p / 28) for p in (20, 18, 16, 15, 14, 12, 10))
@@ -108,6 +111,13 @@ def arms_for(steps: int) -> list[Arm]:
     ours("DBCache F1B1 0.1", "DBCache", threshold=0.1, first_blocks=1, last_blocks=1, warmup=2, tail=1)
     for level in ("slow", "medium", "fast"):
         ours(f"SCM {level}", "SCM", level=level, warmup=0, tail=0)
+    for origin in dict.fromkeys((which, "image")):
+        searched = RESULTS / f"schedules-{origin}.json"
+        if not searched.exists():
+            continue
+        for computed, row in json.loads(searched.read_text(encoding="utf-8"))["masks"].items():
+            numbers = {"mask": row["mask"], "damping": row["damping"], "order": 1, "warmup": 0, "tail": 0}
+            ours(f"Schedule {computed} of 28, found on {origin}s", "Schedule", **numbers)
     return arms
 
 
@@ -256,7 +266,7 @@ def main() -> None:
     references: dict = {}
     result = {"model": f"demo {args.model}", "prompts": len(prompts), "cpu": platform.processor() or platform.machine()}
     for steps in args.steps:
-        arms = [arm for arm in arms_for(steps) if arm.name == "plain" or re.search(args.arms, arm.name)]
+        arms = [arm for arm in arms_for(steps, args.model) if arm.name == "plain" or re.search(args.arms, arm.name)]
         rows = measure(bench, steps, prompts, arms, references)
         result[f"{steps} steps"] = rows
         print(f"\n{args.model}, {steps} steps, {len(prompts)} held-out prompts, CFG 5\n\n{table(rows)}\n", flush=True)
