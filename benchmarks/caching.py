@@ -5,7 +5,7 @@
 
 In process, batch 1, one prompt at a time, the arms of a prompt one after the other (so drifts of the machine hit all alike),
 after a discarded warm-up. Quality is the PSNR of the decoded pictures (all frames of a clip at once) to the plain run of as
-many steps, and to a plain run of 200 steps. "Calls" counts how often the last block really ran, by a hook that every arm
+many steps, and to a plain run of 200 steps. "Calls" counts how often the second block really ran, by a hook that every arm
 carries. Prints a table per step count and writes benchmarks/results/caching-<model>.json and, with matplotlib, the curves.
 """
 
@@ -142,7 +142,8 @@ class Bench:
         self.wide = which == "video"
         self.calls = 0
         blocks = getattr(self.model.model.diffusion_model, self.spec["blocks"])
-        blocks[len(blocks) - 1].register_forward_pre_hook(self._count)
+        # The first block may have to run to decide, the last one to correct; the second is skipped by every method.
+        blocks[1].register_forward_pre_hook(self._count)
 
     def _count(self, module, args) -> None:
         self.calls += 1
@@ -250,6 +251,45 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+#: Families of arms in the picture: label, how their names begin, colour (Okabe-Ito).
+GROUPS = (
+    ("fewer Euler steps", re.compile(r"\d+ steps$"), "#000000"),
+    ("fewer DPM++ 2M steps", re.compile("dpmpp"), "#999999"),
+    ("core's EasyCache", re.compile("core EasyCache"), "#D55E00"),
+    ("core's LazyCache", re.compile("core LazyCache"), "#8B4513"),
+    ("Taylor, fixed steps", re.compile("Taylor every"), "#0072B2"),
+    ("EasyCache, ours", re.compile("EasyCache"), "#009E73"),
+    ("Adaptive", re.compile("Adaptive"), "#56B4E9"),
+    ("CG-Taylor", re.compile("CG-Taylor"), "#CC79A7"),
+    ("searched masks", re.compile("Schedule"), "#E69F00"),
+)
+
+
+def draw(rows: dict[str, dict], title: str, path: Path) -> None:
+    """Computed steps against PSNR, mean as a line and the worst prompt as crosses, for the families that make curves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
+    for label, pattern, colour in GROUPS:
+        points = sorted((r["calls"], r["psnr_mean"], r["psnr_worst"]) for n, r in rows.items() if pattern.match(n))
+        points = [p for p in points if p[1] < 90]
+        if points:
+            calls, mean, worst = zip(*points)
+            axis.plot(calls, mean, "o-", color=colour, label=label, linewidth=1.5, markersize=4)
+            axis.plot(calls, worst, "x", color=colour, markersize=5)
+    axis.set(
+        xlabel="network calls (of the plain run's steps)", ylabel="PSNR to the plain run, dB (o mean, x worst prompt)"
+    )
+    axis.set_title(title, fontsize=10)
+    axis.invert_xaxis()
+    axis.grid(True, alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -272,6 +312,13 @@ def main() -> None:
         print(f"\n{args.model}, {steps} steps, {len(prompts)} held-out prompts, CFG 5\n\n{table(rows)}\n", flush=True)
     out = args.out or RESULTS / f"caching-{args.model}.json"
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for steps in args.steps:
+        title = f"demo {args.model}, {steps} Euler steps, CFG 5, {len(prompts)} held-out prompts"
+        try:
+            draw(result[f"{steps} steps"], title, out.with_name(f"{out.stem}-{steps}.png"))
+        except ImportError:
+            print("matplotlib is not installed: no curves were drawn")
+            return
 
 
 if __name__ == "__main__":
