@@ -225,9 +225,7 @@ def measure(bench: Bench, steps: int, prompts: list[str], arms: list[Arm], refer
 
 def rival(rows: dict[str, dict], calls: float, key: str) -> float:
     """What plain sampling with as many network calls gives, between the two nearest step counts."""
-    points = sorted(
-        (row["calls"], row[key]) for name, row in rows.items() if name == "plain" or name.endswith(" steps")
-    )
+    points = sorted((row["calls"], row[key]) for name, row in rows.items() if re.fullmatch(r"plain|\d+ steps", name))
     points = [(c, v) for c, v in points if v < 119]
     below = [p for p in points if p[0] <= calls] or points[:1]
     above = [p for p in points if p[0] >= calls] or points[-1:]
