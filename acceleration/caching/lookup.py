@@ -45,6 +45,7 @@ def effective(settings: CacheSettings, family: str, variant: str, steps: int) ->
         return settings, ""
     if settings.preset == PUBLISHED:
         found = preset_for(family, variant, settings.method, steps)
+        found = found if found is not None and found.provenance.kind == PUBLISHED else None
         numbers = found.at() if found else {}
     else:
         found = _measured(family, variant, settings.method, settings.preset)

@@ -12,7 +12,7 @@ from .indicator import TransformRate
 from .lookup import effective, magnitude_curve, tea_polynomial
 from .magnitude import magnitude_mask
 from .masks import growing_mask, parse_mask, scm_mask, stretch, strip
-from .methods import METHODS, CacheSettings, Method
+from .methods import AS_SET, METHODS, CacheSettings, Method
 from .policy import Accumulator, Rails, interval_mask
 from .probe import ForecastError, Probe, RelativeChange
 from .session import CacheSession, Weights
@@ -47,7 +47,7 @@ class CacheTechnique:
     def validate(self, request: Request) -> None:
         """Raise :class:`~..errors.StrettoError` for settings that cannot work."""
         settings = CacheSettings.from_mapping(request.settings)
-        if settings.method == "Schedule":
+        if settings.method == "Schedule" and settings.preset == AS_SET:
             parse_mask(settings.mask)
 
     def resolve(self, request: Request, facts: Facts) -> Outcome:

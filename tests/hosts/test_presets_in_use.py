@@ -1,0 +1,41 @@
+"""Presets reach the run, and the report says where the numbers come from."""
+
+import pytest
+
+from stretto.acceleration.errors import StrettoError
+from stretto.acceleration.hosts import comfy as host
+from stretto.acceleration.plan import Request
+
+from .tiny_models import sample
+
+
+def reason(tiny, family, settings, steps=28):
+    sample(host.request(tiny(family), Request("cache", settings)), family, steps=steps, cfg=1.0)
+    trace = host.TRACES.of_prompt(None)[-1]
+    return trace["techniques"][0]["reason"], trace["totals"]["computed"]
+
+
+@pytest.mark.parametrize(("level", "computed"), [("quality", 18), ("balanced", 15), ("fast", 14)])
+def test_measured_levels_replace_the_numbers(tiny, level, computed):
+    text, count = reason(tiny, "wan", {"method": "Taylor", "interval": 9, "tail": 0, "preset": level})
+    assert count == computed and f"{level} preset: Stretto" in text
+
+
+def test_a_measured_mask_belongs_to_its_family(tiny):
+    text, count = reason(tiny, "sd3", {"method": "Schedule", "preset": "balanced"})
+    assert count == 14 and "balanced preset" in text
+    with pytest.raises(StrettoError, match="it is empty"):
+        reason(tiny, "wan", {"method": "Schedule", "preset": "balanced"})
+
+
+def test_published_numbers_say_that_nobody_measured_them_here(tiny):
+    text, _ = reason(tiny, "wan", {"method": "EasyCache", "preset": "published"})
+    assert "published, not measured here" in text
+    text, count = reason(tiny, "wan", {"method": "Taylor", "interval": 3, "preset": "published"})
+    assert "no published preset of Taylor" in text and count == 15
+
+
+def test_a_preset_of_another_family_is_refused(tiny):
+    settings = {"method": "Schedule", "mask": "##.#", "warmup": 0, "tail": 0, "family": "flux"}
+    with pytest.raises(StrettoError, match="calibrated for flux, this model is wan"):
+        reason(tiny, "wan", settings)
