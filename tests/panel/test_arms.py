@@ -137,3 +137,18 @@ def test_labels_and_names(workflow):
     assert arms.name_of("Taylor (every 2)", ["taylor-every-2"]) == "taylor-every-2-2"
     with pytest.raises(ValueError, match="hyphens"):
         arms.Arm("../x", "x", workflow)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "label"),
+    [
+        ({"method": "Taylor", "interval": 3, "order": 1}, "Taylor (every 3, order 1)"),
+        ({"method": "FBCache", "threshold": 0.1, "preset": "as set"}, "FBCache (threshold 0.1)"),
+        ({"method": "Taylor", "interval": 3, "order": 1, "preset": "fast"}, "Taylor (fast)"),
+        ({"method": "SCM", "level": "slow"}, "SCM (slow)"),
+        ({"method": "Spectrum"}, "Spectrum"),
+        ({"method": "Taylor", "interval": 3, "calibrated": ["15", 0]}, "Calibrated"),
+    ],
+)
+def test_a_cache_is_called_by_what_decides(inputs, label):
+    assert arms.label_of({"1": {"class_type": "StrettoCache", "inputs": inputs}}, "x") == label

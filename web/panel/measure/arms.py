@@ -378,18 +378,32 @@ def defeat_cache_without_pack(api: Api, nonce: int) -> Api:
     return edited
 
 
+# What decides for each caching method, as its name in a report; methods that are not listed have no number of their own.
+EVERY = ("Taylor", "TaylorSeer", "HiCache", "FORA", "Output")
+THRESHOLD = ("EasyCache", "Adaptive", "TeaCache", "MagCache", "FBCache", "DBCache", "CG-Taylor")
+
+
+def _cache_label(inputs: dict[str, Any]) -> str:
+    """A Stretto Cache by its method and the setting that decides."""
+    method = inputs.get("method")
+    if isinstance(inputs.get("calibrated"), list) or inputs.get("preset_file"):
+        return "Calibrated"
+    if inputs.get("preset", "as set") != "as set":
+        return f"{method} ({inputs['preset']})"
+    if method in THRESHOLD:
+        return f"{method} (threshold {inputs.get('threshold')})"
+    if method in EVERY:
+        return f"{method} (every {inputs.get('interval')}, order {inputs.get('order')})"
+    return f"{method} ({inputs.get('level')})" if method == "SCM" else str(method)
+
+
 def label_of(api: Api, fallback: str) -> str:
     """A short name for what accelerates a workflow, out of its nodes' settings."""
     parts = []
     for node in api.values():
         inputs = node.get("inputs", {})
         if node["class_type"] == "StrettoCache":
-            setting = (
-                f"threshold {inputs.get('threshold')}"
-                if inputs.get("method") == "EasyCache"
-                else f"every {inputs.get('interval')}, order {inputs.get('order')}"
-            )
-            parts.append(f"{inputs.get('method')} ({setting})")
+            parts.append(_cache_label(inputs))
         elif node["class_type"] in accelerators(api):
             parts.append(node["class_type"].removeprefix(PREFIX))
     return " + ".join(parts) or fallback
