@@ -127,7 +127,7 @@ def prepare(cache: Path, size: int, emit: Callable[[str], None]) -> Clips:
                         pixels.append(frames)
                         found.append(name)
             emit(f"{archive_path.name}: {len(found)} clips so far")
-        np.savez(
+        np.savez_compressed(
             path,
             pixels=np.concatenate(pixels),
             start=np.cumsum([0, *map(len, pixels)]),
