@@ -79,5 +79,6 @@ def _numbers(numbers: Mapping[str, Any], preset: Preset, steps: int) -> dict[str
     if "end" in numbers:
         result["tail"] = max(steps - int(numbers["end"] * steps), result.get("tail", 0))
     if "forced" in numbers:
-        result["forced"] = forced_steps(numbers["forced"], len(preset.data["ratios"]), steps)[0]
+        # A shorter run may have no step that stands for it.
+        result["forced"] = next(iter(forced_steps(numbers["forced"], len(preset.data["ratios"]), steps)), -1)
     return result

@@ -76,8 +76,12 @@ class CacheSession:
             return frozenset()
         if not call.decisions or call.decisions[0] != COMPUTED:
             return None
-        # Depth 0 tells the number of text tokens where the streams join further on.
-        return frozenset({self.tap.first, self.tap.last - 1, *([0] if self.joint else [])})
+        wanted = {self.tap.last - 1}
+        if self.tap.residual:
+            wanted.add(self.tap.first)
+        if self.joint:  # the first block tells the number of text tokens
+            wanted.add(0)
+        return frozenset(wanted)
 
     def block(self, call: Call, site: BlockSite, args: dict, original: Callable[[dict], dict]) -> dict:
         """Run, observe or replace one block; see :class:`~..run.Session`."""

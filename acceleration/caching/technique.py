@@ -13,7 +13,7 @@ from .lookup import effective, magnitude_curve, tea_polynomial
 from .magnitude import magnitude_mask
 from .masks import growing_mask, parse_mask, scm_mask, stretch, strip
 from .methods import AS_SET, METHODS, CacheSettings, Method
-from .policy import Accumulator, Rails, interval_mask
+from .policy import Accumulator, Rails, interval_mask, limit_skips
 from .probe import ForecastError, Probe, RelativeChange
 from .session import CacheSession, Weights
 from .store import SnapshotStore
@@ -63,7 +63,7 @@ class CacheTechnique:
             )
         notes: list[str] = []
         settings, origin = effective(settings, facts.descriptor.family, facts.variant, facts.schedule.steps)
-        method = _fitting(METHODS[settings.method], settings, facts, notes)
+        method = _fitting(METHODS[settings.method], facts, notes)
         reduced = bool(notes)
         forced = frozenset({settings.forced}) - {-1}
         rails = Rails(settings.warmup, settings.tail, request.interval, forced)
@@ -127,7 +127,7 @@ class _Plan:
     probe: Probe | None = None
 
 
-def _fitting(method: Method, settings: CacheSettings, facts: Facts, notes: list[str]) -> Method:
+def _fitting(method: Method, facts: Facts, notes: list[str]) -> Method:
     """Return the form of ``method`` that this network's hooks allow."""
     if method.tap != BLOCKS or facts.descriptor.has_blocks:
         return method
@@ -145,7 +145,7 @@ def _plan(method: Method, settings: CacheSettings, rails: Rails, facts: Facts, n
     mask = _mask(method, settings, rails, facts, notes)
     if mask is not None:
         free = tuple(computed or rails.reason(step, steps) is not None for step, computed in enumerate(mask))
-        return _Plan(MaskPolicy(free), _limited(free, settings.max_skips))
+        return _Plan(MaskPolicy(free), limit_skips(free, settings.max_skips) if settings.max_skips else free)
     if method.indicator == "rate":
         return _Plan(AccumulatePolicy(Accumulator(settings.threshold)), rate=TransformRate())
     if not facts.descriptor.has_blocks:
@@ -182,7 +182,7 @@ def _mask(method: Method, settings: CacheSettings, rails: Rails, facts: Facts, n
         curve = magnitude_curve(facts.descriptor.family, facts.variant, steps)
         if curve is None:
             raise NotHere(
-                "no magnitude curve is known for this model: Stretto Profile measures one, or choose another method"
+                "no magnitude curve is known for this model: choose another method, or let Stretto Calibrate find a schedule"
             )
         ratios = curve.step_ratios(facts.schedule.sigmas[:steps])
         free = [step for step in range(steps) if rails.reason(step, steps) is None]
@@ -198,15 +198,6 @@ def _mask(method: Method, settings: CacheSettings, rails: Rails, facts: Facts, n
             notes.append(f"the mask has {len(given)} steps, the run {steps}: it is stretched")
         return stretch(given, steps)
     return None
-
-
-def _limited(mask: tuple[bool, ...], most: int) -> tuple[bool, ...]:
-    """Return ``mask`` with a computed step after every ``most`` skipped ones (0: no limit), for the announcement."""
-    result, row = [], 0
-    for computed in mask:
-        row = 0 if computed or (most and row >= most) else row + 1
-        result.append(row == 0)
-    return tuple(result)
 
 
 def _bind(function, steps: int, arguments: dict) -> Weights:

@@ -63,6 +63,17 @@ def test_every_method_skips_and_stays_finite(tiny, family, name):
     assert torch.isfinite(result).all()
 
 
+@pytest.mark.parametrize("family", ["sd3", "wan", "flux"])
+def test_magcache_off_and_engaged_is_bit_exact(tiny, family):
+    plain = sample(tiny(family), family, batch=2, steps=4)
+    for force in (False, True):
+        request = Request("cache", {"method": "MagCache", "warmup": 100}, force=force)
+        assert torch.equal(plain, sample(host.request(tiny(family), request), family, batch=2, steps=4))
+        trace = host.TRACES.of_prompt(None)[-1]
+        assert (trace["techniques"][0]["status"] != "off") == force
+        assert (trace["memory"]["store_peak_bytes"] > 0) == force
+
+
 class Watch:
     """Records what goes into and comes out of every block, as another pack's replacement would see it."""
 

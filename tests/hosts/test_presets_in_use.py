@@ -2,6 +2,9 @@
 
 import pytest
 
+from stretto.acceleration.caching.lookup import effective
+from stretto.acceleration.caching.methods import METHODS, CacheSettings
+from stretto.acceleration.caching.presets import builtin_presets
 from stretto.acceleration.errors import StrettoError
 from stretto.acceleration.hosts import comfy as host
 from stretto.acceleration.plan import Request
@@ -33,6 +36,15 @@ def test_published_numbers_say_that_nobody_measured_them_here(tiny):
     assert "published, not measured here" in text
     text, count = reason(tiny, "wan", {"method": "Taylor", "interval": 3, "preset": "published"})
     assert "no published preset of Taylor" in text and count == 15
+
+
+@pytest.mark.parametrize("steps", range(2, 61))
+def test_every_preset_gives_valid_settings_at_every_length(steps):
+    for preset in builtin_presets():
+        if preset.method in METHODS:
+            asked = CacheSettings(method=preset.method, preset="published")
+            found, note = effective(asked, preset.family, preset.variant, steps)
+            assert note and -1 <= found.forced < steps, (preset.family, preset.variant, preset.method)
 
 
 def test_a_preset_of_another_family_is_refused(tiny):
