@@ -94,7 +94,7 @@ def make(client: ComfyClient, path: Path) -> None:
     pictures, decisions = [], []
     for prompt in CLIP_PROMPTS if edit.get_frame_rate(api) else PROMPTS:
         result = client.run(with_prompt(api, prompt))
-        images = [image for output in result.outputs.values() for image in output.get("images", [])]
+        images = edit.pictures_of(api, result.outputs)
         count = min(FRAMES, len(images))
         picked = [images[index * (len(images) - 1) // max(count - 1, 1)] for index in range(count)]
         pictures.append([Image.open(io.BytesIO(client.fetch_image(image))) for image in picked])

@@ -152,3 +152,13 @@ def test_labels_and_names(workflow):
 )
 def test_a_cache_is_called_by_what_decides(inputs, label):
     assert arms.label_of({"1": {"class_type": "StrettoCache", "inputs": inputs}}, "x") == label
+
+
+def test_charts_of_our_own_nodes_are_not_the_picture():
+    api = {"1": {"class_type": "StrettoCalibrate"}, "2": {"class_type": "SaveImage"}, "3": {"class_type": "SaveWEBM"}}
+    outputs = {
+        "1": {"images": [{"filename": "curve.png"}]},
+        "2": {"images": [{"filename": "a.png"}, {"filename": "b.png"}]},
+        "3": {"images": [{"filename": "c.webm"}], "animated": [True]},
+    }
+    assert [image["filename"] for image in arms.pictures_of(api, outputs)] == ["a.png", "b.png"]

@@ -378,6 +378,19 @@ def defeat_cache_without_pack(api: Api, nonce: int) -> Api:
     return edited
 
 
+def pictures_of(api: Api, outputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The picture files of a run's outputs, by node id, in order: what was sampled, not what our own nodes draw about it.
+
+    Video files are left out; `prepare` has put pictures in their place.
+    """
+    return [
+        image
+        for node, output in outputs.items()
+        if not api.get(node, {}).get("class_type", "").startswith(PREFIX) and not any(output.get("animated", ()))
+        for image in output.get("images", [])
+    ]
+
+
 # What decides for each caching method, as its name in a report; methods that are not listed have no number of their own.
 EVERY = ("Taylor", "TaylorSeer", "HiCache", "FORA", "Output")
 THRESHOLD = ("EasyCache", "Adaptive", "TeaCache", "MagCache", "FBCache", "DBCache", "CG-Taylor")

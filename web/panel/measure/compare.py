@@ -251,12 +251,7 @@ class _Comparison:
         The frames of a batch of clips come as one list, clip after clip.
         """
         digest, names = hashlib.sha256(), []
-        references = [
-            image
-            for output in outputs.values()
-            if not any(output.get("animated", ()))  # a video file, from a node that `prepare` does not know
-            for image in output.get("images", [])
-        ]
+        references = edit.pictures_of(slot.arm.workflow, outputs)
         frames = self._frames_per_clip(slot, len(references))
         for index, reference in enumerate(references):
             pixels = read_rgb(self.client.fetch_image(reference))
