@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from .caching.module_recorder import ModuleProfileTechnique
 from .caching.profiling import ProfileTechnique
 from .caching.table import TableTechnique
 from .caching.technique import CacheTechnique
@@ -19,14 +20,20 @@ class Technique(Protocol):
 
     def label(self, request: Request) -> str: ...
     def validate(self, request: Request) -> None: ...
+    def inside_blocks(self, request: Request) -> bool: ...
     def resolve(self, request: Request, facts: Facts) -> Outcome: ...
 
 
 #: Every technique, in execution order inside a step (outermost first).
 TECHNIQUES: dict[str, Technique] = {
     technique.name: technique
-    for technique in (MeasureTechnique(), CacheTechnique(), TableTechnique(), ProfileTechnique())
+    for technique in (MeasureTechnique(), CacheTechnique(), TableTechnique(), ProfileTechnique(), ModuleProfileTechnique())
 }
+
+
+def inside_blocks(plan: Plan) -> bool:
+    """Return whether a request of ``plan`` acts on modules inside blocks."""
+    return any(TECHNIQUES[request.technique].inside_blocks(request) for request in plan.requests)
 
 
 def compatible(first: str, second: str) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .models import ModulePart
+
 COMPUTED, FORECAST, REUSED = "computed", "forecast", "reused"
 
 
@@ -37,6 +39,10 @@ class Evaluation:
         reason: why, in words.
         pending: the decision waits for something that the first network call will show.
         signal: what the indicator said; None without one, or while it knows nothing.
+        compared: what the policy held against its threshold: the signal, or what has added up; None without.
+        threshold: what it had to stay below; None for policies without one.
+        on_rails: whether a rail made this evaluation computed, whatever the policy wanted.
+        computed_share: share of the blocks or modules that a table has computed; None where steps are skipped whole.
     """
 
     index: int
@@ -48,6 +54,10 @@ class Evaluation:
     reason: str = ""
     pending: bool = False
     signal: float | None = None
+    compared: float | None = None
+    threshold: float | None = None
+    on_rails: bool = False
+    computed_share: float | None = None
 
 
 @dataclass
@@ -68,6 +78,10 @@ class Call:
         blocks_computed: number of blocks that ran.
         text_tokens: text tokens ahead of the image tokens in a joint stream.
         scratch: what a technique keeps between the blocks of this call.
+        layout: shapes, without the batch, of everything the network is given. Equal layouts make features of equal shape.
+        inside: stands around the parts of modules inside blocks, ``inside(call, part, original)``; None
+            where nobody does.
+        hollow: outputs of the attention in progress that will be put in, so that the attention itself need not run.
     """
 
     evaluation: Evaluation
@@ -82,6 +96,9 @@ class Call:
     blocks_computed: int = 0
     text_tokens: int = 0
     scratch: dict[str, Any] = field(default_factory=dict)
+    layout: Hashable = ()
+    inside: "Callable[[Call, ModulePart, Callable[[], Any]], Any] | None" = None
+    hollow: set[str] = field(default_factory=set)
 
     def part(self, tensor: torch.Tensor, index: int) -> torch.Tensor:
         """Return the rows of branch ``index`` as a view of ``tensor``."""

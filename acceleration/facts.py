@@ -25,6 +25,8 @@ class Facts:
         element_bytes: bytes per element of the features.
         free_bytes: free memory on the device.
         nested: several latents are sampled together (audio and video).
+        free_system_bytes: free system memory, None where that is not known.
+        modules_in_place: whether the host reaches the modules inside blocks that the descriptor names.
     """
 
     network: Any
@@ -36,6 +38,8 @@ class Facts:
     element_bytes: int = 4
     free_bytes: int = 1 << 40
     nested: bool = False
+    free_system_bytes: int | None = None
+    modules_in_place: bool = True
 
     def obstacle(self) -> str | None:
         """Return why no technique that skips work may act here, or None. Unknown things fail closed."""
@@ -57,13 +61,20 @@ class Facts:
         """Which published model of its family the network is, ``""`` when it is none."""
         return self.descriptor.variant(self.network) if self.descriptor else ""
 
-    def snapshot_bytes(self, granularity: str) -> int:
-        """Return the bytes of one snapshot of all branches at a tap (``"blocks"``, ``"delta"`` or ``"output"``)."""
+    def snapshot_bytes(self, granularity: str, at_most: int | None = None) -> int:
+        """Return the bytes of one snapshot of all branches.
+
+        Args:
+            granularity: the tap: ``"blocks"``, ``"delta"`` or ``"output"``.
+            at_most: bytes that a stored element may have; None for as many as it is computed with.
+        """
         batch = self.latent_shape[0] * self.branches
         if granularity != "blocks":
-            return batch * math.prod(self.latent_shape[1:]) * 4
-        tokens = self.descriptor.tokens(self.network, self.latent_shape)
-        return batch * tokens * self.descriptor.hidden_size(self.network) * self.element_bytes
+            elements, size = math.prod(self.latent_shape[1:]), 4
+        else:
+            tokens = self.descriptor.tokens(self.network, self.latent_shape)
+            elements, size = tokens * self.descriptor.hidden_size(self.network), self.element_bytes
+        return batch * elements * (size if at_most is None else min(size, at_most))
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,9 @@ class Outcome:
         session: what does the work; None when off.
         needs_blocks: whether block hooks must be installed.
         reserve_bytes: memory to reserve on the device.
+        store_bytes: bytes that stored features take at most, where the technique says so; 0 otherwise.
+        budget_bytes: bytes that they may take.
+        needs_modules: whether the session acts on modules inside blocks.
     """
 
     technique: str
@@ -85,7 +99,13 @@ class Outcome:
     session: Session | None = None
     needs_blocks: bool = False
     reserve_bytes: int = 0
+    store_bytes: int = 0
+    budget_bytes: int = 0
+    needs_modules: bool = False
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, str | int]:
         """Return the part that goes into a trace."""
-        return {"technique": self.technique, "status": self.status, "reason": self.reason}
+        found: dict[str, str | int] = {"technique": self.technique, "status": self.status, "reason": self.reason}
+        if self.store_bytes:
+            found |= {"store_bytes": self.store_bytes, "budget_bytes": self.budget_bytes}
+        return found

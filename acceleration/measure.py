@@ -20,6 +20,10 @@ class MeasureTechnique:
     def validate(self, request: Request) -> None:
         """Any nonce will do."""
 
+    def inside_blocks(self, request: Request) -> bool:
+        """Return False: modules inside blocks are of no interest here."""
+        return False
+
     def resolve(self, request: Request, facts: Facts) -> Outcome:
         """Always active, on every model and sampler."""
         return Outcome(self.name, ACTIVE, "timing only; the picture is unchanged")

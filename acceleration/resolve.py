@@ -28,6 +28,11 @@ class Execution:
         return any(outcome.needs_blocks for outcome in self.outcomes)
 
     @property
+    def needs_modules(self) -> bool:
+        """Whether a session acts on modules inside blocks."""
+        return any(outcome.needs_modules for outcome in self.outcomes)
+
+    @property
     def reserve_bytes(self) -> int:
         """Memory to reserve on the device."""
         return sum(outcome.reserve_bytes for outcome in self.outcomes)

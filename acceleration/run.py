@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from .evaluation import COMPUTED, Call, Evaluation
-from .models import BlockSite
+from .models import BlockSite, ModulePart
 from .sampling import Schedule
 from .trace import TraceBuilder
 
@@ -36,6 +36,14 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free everything."""
+
+
+@runtime_checkable
+class InsideBlocks(Protocol):
+    """A session that also acts on modules inside blocks."""
+
+    def module(self, call: Call, part: ModulePart, original: Callable[[], Any]) -> Any:
+        """Stand around one part of a module; ``original()`` runs it."""
 
 
 @runtime_checkable
@@ -86,6 +94,10 @@ class RunState:
     overhead: float = 0.0
     _count: int = 0
     _lowest: float = field(default=float("inf"))
+    _inside: tuple[InsideBlocks, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._inside = tuple(session for session in self.sessions if isinstance(session, InsideBlocks))
 
     def begin(self, sigma: float, network_input: torch.Tensor) -> Evaluation:
         """Open the next evaluation and let the sessions decide about it."""
@@ -129,6 +141,17 @@ class RunState:
             run = _bind_block(session, call, site, run)
         return run(args)
 
+    @property
+    def inside_blocks(self) -> bool:
+        """Whether a session acts on modules inside blocks."""
+        return bool(self._inside)
+
+    def module(self, call: Call, part: ModulePart, original: Callable[[], Any]) -> Any:
+        """Run one part of a module through the sessions that act inside blocks."""
+        for session in reversed(self._inside):
+            original = _bind_module(session, call, part, original)
+        return original()
+
     def depths(self, call: Call) -> frozenset[int] | None:
         """Blocks whose hooks ``call`` needs, by depth; None for all."""
         wanted = [session.depths(call) for session in self.sessions]
@@ -156,3 +179,7 @@ def _bind_network(session: Session, call: Call, compute: Callable[[], Any]) -> C
 
 def _bind_block(session: Session, call: Call, site: BlockSite, run: Callable[[dict], dict]) -> Callable[[dict], dict]:
     return lambda args: session.block(call, site, args, run)
+
+
+def _bind_module(session: InsideBlocks, call: Call, part: ModulePart, run: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: session.module(call, part, run)

@@ -28,6 +28,10 @@ class TraceBuilder:
                 "decision": "computed",
                 "reason": evaluation.reason,
                 "signal": None,
+                "compared": None,
+                "threshold": None,
+                "on_rails": False,
+                "computed_share": None,
                 "seconds": None,
                 "branches": [],
             }
@@ -53,7 +57,8 @@ class TraceBuilder:
         """End the open entry. ``seconds`` is read when the document is made, not now."""
         entry = self.evaluations[-1]
         entry["reason"] = entry["reason"] or evaluation.reason  # known late where a probe decides
-        entry["signal"] = evaluation.signal
+        for name in ("signal", "compared", "threshold", "on_rails", "computed_share"):
+            entry[name] = getattr(evaluation, name)
         decisions = {branch["decision"] for branch in entry["branches"]} or {"computed"}
         entry["decision"] = decisions.pop() if len(decisions) == 1 else "mixed"
         self._seconds.append(seconds)
@@ -79,39 +84,3 @@ class TraceBuilder:
             },
             "memory": memory,
         }
-
-
-def summary(trace: dict[str, Any]) -> str:
-    """Return a trace in a few plain sentences, with the step strip (``#`` computed, ``~`` forecast, ``.`` reused)."""
-    totals, seconds = trace["totals"], trace["seconds"]
-    marks = {"computed": "#", "forecast": "~", "reused": ".", "mixed": "+"}
-    strip = "".join(marks[entry["decision"]] for entry in trace["evaluations"])
-    skipped = totals["forecast"] + totals["reused"]
-    lines = [
-        f"{trace['model']['family'] or trace['model']['network']} · {trace['sampler']['name']} · "
-        f"{max(len(trace['sigmas']) - 1, 0)} steps · {seconds['sampler']:.3f} s in the sampler",
-        f"{strip}   # computed {totals['computed']}"
-        + (f"  ~ forecast {totals['forecast']}" if totals["forecast"] else "")
-        + (f"  . reused {totals['reused']}" if totals["reused"] else ""),
-    ]
-    computed = _mean_seconds(trace, {"computed"})
-    if skipped and computed:
-        share = (_mean_seconds(trace, {"forecast", "reused"}) or 0.0) / computed
-        ceiling = totals["evaluations"] / (totals["computed"] + totals["mixed"] + share * skipped)
-        lines.append(
-            f"A skipped step costs {share:.0%} of a computed one: {ceiling:.2f}x is the most this run could gain."
-        )
-    lines += [f"{item['technique']}: {item['status']}. {item['reason']}" for item in trace["techniques"]]
-    lines += trace["notes"]
-    if trace["outcome"] != "completed":
-        lines.append(f"This run was {trace['outcome']}; the figures cover what was done until then.")
-    return "\n".join(lines)
-
-
-def _mean_seconds(trace: dict[str, Any], decisions: set[str]) -> float | None:
-    values = [
-        entry["seconds"]
-        for entry in trace["evaluations"][1:]  # the first evaluation also pays for warm-up
-        if entry["decision"] in decisions and entry["seconds"] is not None
-    ]
-    return math.fsum(values) / len(values) if values else None

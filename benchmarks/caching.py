@@ -77,9 +77,9 @@ class Figures:
 
 
 def arms_for(steps: int, which: str) -> list[Arm]:
-    """The arms of one step count: plain, its cheap rivals, core's caches, the rows of our table, and searched masks.
+    """The arms of one step count: plain, its cheap rivals, core's caches, and the rows of our table.
 
-    The masks come from search_schedule.py, were found for 28 steps and are stretched to other numbers.
+    The fitted masks and weights come from search_schedule.py.
     """
     arms = [Arm("plain")]
     arms += [
@@ -108,16 +108,20 @@ def arms_for(steps: int, which: str) -> list[Arm]:
         ours(f"TeaCache {threshold:g}", "TeaCache", threshold=threshold, warmup=1, tail=1)
     for threshold in (0.01, 0.03, 0.08):
         ours(f"CG-Taylor {threshold:g}", "CG-Taylor", threshold=threshold, warmup=6, tail=1)
+    for threshold in (0.1, 0.3):
+        ours(f"SpeCa {threshold:g}", "SpeCa", threshold=threshold, warmup=6, tail=1)
+        ours(f"DiCache {threshold:g}", "DiCache", threshold=threshold, warmup=6, tail=1)
+    for threshold in (0.01, 0.02, 0.05):
+        ours(f"AdaCache {threshold:g}", "AdaCache", threshold=threshold, interval=4, warmup=2, tail=1)
+        ours(f"LazyCache {threshold:g}", "LazyCache", threshold=threshold, tail=1)
     ours("DBCache F1B1 0.1", "DBCache", threshold=0.1, first_blocks=1, last_blocks=1, warmup=2, tail=1)
     for level in ("slow", "medium", "fast"):
         ours(f"SCM {level}", "SCM", level=level, warmup=0, tail=0)
-    for origin in dict.fromkeys((which, "image")):
-        searched = RESULTS / f"schedules-{origin}.json"
-        if not searched.exists():
-            continue
-        for computed, row in json.loads(searched.read_text(encoding="utf-8"))["masks"].items():
-            numbers = {"mask": row["mask"], "damping": row["damping"], "order": 1, "warmup": 0, "tail": 0}
-            ours(f"Schedule {computed} of 28, found on {origin}s", "Schedule", **numbers)
+    searched = RESULTS / f"fitted-{which}.json"
+    found = json.loads(searched.read_text(encoding="utf-8"))["steps"] if searched.exists() else {}
+    for computed, row in sorted(found.get(str(steps), {}).items(), key=lambda item: -int(item[0])):
+        numbers = {name: row[name] for name in ("mask", "weights", "sigmas")}
+        ours(f"Fitted, {computed} of {steps}", "Fitted", **numbers, warmup=0, tail=0)
     return arms
 
 
@@ -259,7 +263,7 @@ GROUPS = (
     ("EasyCache, ours", re.compile("EasyCache"), "#009E73"),
     ("Adaptive", re.compile("Adaptive"), "#56B4E9"),
     ("CG-Taylor", re.compile("CG-Taylor"), "#CC79A7"),
-    ("searched masks", re.compile("Schedule"), "#E69F00"),
+    ("Fitted", re.compile("Fitted"), "#E69F00"),
 )
 
 

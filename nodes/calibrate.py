@@ -1,7 +1,7 @@
 """From a wish for quality or speed to measured settings."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,19 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..acceleration.caching.masks import Mask, strip
+from ..acceleration.caching.masks import strip
 from ..acceleration.caching.preset_files import checked_name, save_new
 from ..acceleration.caching.presets import ANY, MEASURED, Preset, Provenance
-from ..acceleration.caching.search import ORDERS, PSNR, SPEED, SSIM, Choice, Run, Search, predicted_quality
+from ..acceleration.caching.search import FITTED, ORDERS, PSNR, SPEED, SSIM, Choice, Run, Search, predicted_quality
 from ..acceleration.errors import StrettoError
 from ..acceleration.hosts import comfy as host
+from ..acceleration.hosts.comfy_fitting import EulerFitter
 from ..acceleration.hosts.comfy_profile import evaluation_seconds, traced
+from ..acceleration.hosts.comfy_sampling import Callback
 from ..acceleration.plan import Request
+from .cache import PRESET_TYPE
 from .charts import BLUE, GREEN, ORANGE, Chart, Series, as_image, draw_charts
 from .profile import ProfiledRun, ProfileType, profiled
-
-PresetType = io.Custom("STRETTO_PRESET")
 
 TARGETS = {"PSNR at least (dB)": PSNR, "SSIM at least": SSIM, "speed at least (x)": SPEED}
 TARGETS_BY_KIND = {kind: words.split(" (")[0] for words, kind in TARGETS.items()}
@@ -68,9 +69,10 @@ class StrettoCalibrate(io.ComfyNode):
                 io.Combo.Input(
                     "forecaster",
                     options=list(ORDERS),
-                    default="line",
-                    tooltip="What stands in for a skipped step: the line through the last two computed ones, or the last "
-                    "one itself. Samplers that add noise always reuse.",
+                    default=FITTED,
+                    tooltip="What stands in for a skipped step: a mixture of computed ones that is fitted to your model, "
+                    "the line through the last two, or the last one itself. Fitting needs euler; others get the line, and "
+                    "samplers that add noise always reuse.",
                 ),
                 io.Int.Input(
                     "extra_seeds",
@@ -99,7 +101,7 @@ class StrettoCalibrate(io.ComfyNode):
                 ),
             ],
             outputs=[
-                PresetType.Output(display_name="preset"),
+                PRESET_TYPE.Output(display_name="preset"),
                 io.Image.Output(display_name="curve"),
                 io.String.Output(display_name="summary"),
             ],
@@ -123,24 +125,22 @@ class StrettoCalibrate(io.ComfyNode):
         if name.strip():
             checked_name(name)  # before minutes of sampling, not after
         about = run.profile.about
-        if about.get("stochastic"):
-            forecaster = "reuse"
+        forecaster = _possible(forecaster, run)
         seeds = [(run.job.seed + extra) % (1 << 64) for extra in range(extra_seeds + 1)]
         search = Search(run.profile, lambda *wanted: go(*wanted), forecaster, len(seeds), vae is not None, probes)
-        go = _runner(run, seeds, vae, search.expected_runs())
+        bar = _Progress(search.expected_runs(), run.profile.steps)
+        go, search.fitter = _runner(run, seeds, vae, bar), EulerFitter(run.job, bar.callback)
         choice = search.choose(kind, value)
-        preset = make_preset(run, choice, seeds, forecaster, vae is not None, f"{target} {value:g}")
+        preset = make_preset(run, choice, seeds, vae is not None, f"{target} {value:g}")
         folder = Path(folder_paths.get_user_directory()) / "stretto" / "presets"
         path = save_new(folder, name if name.strip() else _default_name(about), preset)
-        picture = as_image(curve(choice, kind, value, forecaster))
+        picture = as_image(curve(choice, kind, value))
         text = summary(choice, kind, value, path, vae is not None)
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
         return io.NodeOutput(preset, picture, text, ui={**shown, "text": (text,)})
 
 
-def make_preset(
-    run: ProfiledRun, choice: Choice, seeds: list[int], forecaster: str, pictures: bool, target: str
-) -> Preset:
+def make_preset(run: ProfiledRun, choice: Choice, seeds: list[int], pictures: bool, target: str) -> Preset:
     """Return the chosen mask as a preset whose provenance holds what was measured."""
     about, measured = run.profile.about, choice.measured
     figures = {
@@ -164,18 +164,18 @@ def make_preset(
     }
     if measured.ssim is not None:
         figures["ssim"] = [round(value, 5) for value in measured.ssim]
-    settings = {"mask": strip(measured.mask), "order": ORDERS[forecaster], "warmup": 0, "tail": 0}
+    settings = dict(choice.settings)
     return Preset(
         family=about["family"],
         variant=about.get("variant") or ANY,
-        method="Schedule",
+        method=settings.pop("method"),
         settings=settings,
         steps=(run.profile.steps, run.profile.steps),
         provenance=Provenance("Stretto Calibrate, on the user's own model and prompt", MEASURED, figures),
     )
 
 
-def curve(choice: Choice, kind: str, target: float, forecaster: str) -> Image.Image:
+def curve(choice: Choice, kind: str, target: float) -> Image.Image:
     """Return the picture of speed against quality: predicted, measured, chosen, and the target."""
     quality = PSNR if kind == SPEED else kind
 
@@ -183,7 +183,7 @@ def curve(choice: Choice, kind: str, target: float, forecaster: str) -> Image.Im
         return measured.median(SPEED), min(measured.median(quality), MOST_DECIBELS)
 
     series = [
-        Series("predicted", sorted(predicted_quality(choice, quality, forecaster)), BLUE),
+        Series("predicted", sorted(predicted_quality(choice, quality)), BLUE),
         Series("measured, median over seeds", [point(measured) for measured in choice.tried], ORANGE, "dot"),
         Series("chosen", [point(choice.measured)], GREEN, "ring"),
     ]
@@ -224,23 +224,36 @@ def _kind(target: str, value: float) -> str:
     return kind
 
 
-def _runner(run: ProfiledRun, seeds: list[int], vae: Any, expected: int) -> Callable[[Mask | None, int, int], Run]:
-    """Return what makes the search's real runs, with one progress bar over all of them."""
-    job, steps = run.job, run.profile.steps
-    bar, done = comfy.utils.ProgressBar(expected * steps), iter(range(1 << 30))
+class _Progress:
+    """One progress bar over all runs of a search."""
+
+    def __init__(self, runs: int, steps: int) -> None:
+        self.bar, self.runs, self.steps, self.begun = comfy.utils.ProgressBar(runs * steps), runs, steps, 0
+
+    def callback(self) -> Callback:
+        """Return the step callback of the next run; a search that takes longer than expected lengthens the bar."""
+        before, self.begun = self.begun * self.steps, self.begun + 1
+        total = max(self.runs, self.begun) * self.steps
+        return lambda step, *_: self.bar.update_absolute(min(before + step + 1, total), total)
+
+
+def _possible(forecaster: str, run: ProfiledRun) -> str:
+    """Return the forecaster that this run's sampler allows."""
+    if run.profile.about.get("stochastic"):
+        return "reuse"
+    return "line" if forecaster == FITTED and not EulerFitter.suits(run.job) else forecaster
+
+
+def _runner(
+    run: ProfiledRun, seeds: list[int], vae: Any, bar: _Progress
+) -> Callable[[Mapping[str, Any] | None, int], Run]:
+    """Return what makes the search's real runs."""
+    job = run.job
     plain = host.request(job.model, Request("measure"))
 
-    def go(mask: Mask | None, order: int, seed: int) -> Run:
-        before = next(done) * steps
-
-        def callback(step: int, x0: torch.Tensor, x: torch.Tensor, total: int) -> None:
-            bar.update_absolute(min(before + step + 1, expected * steps), max(expected * steps, before + steps))
-
-        model = plain
-        if mask is not None:
-            settings = {"method": "Schedule", "mask": strip(mask), "order": order, "warmup": 0, "tail": 0}
-            model = host.request(job.model, Request("cache", settings, required=True))
-        latent, trace = traced(model, lambda m: job(m, seed=seeds[seed], callback=callback))
+    def go(settings: Mapping[str, Any] | None, seed: int) -> Run:
+        model = plain if settings is None else host.request(job.model, Request("cache", settings, required=True))
+        latent, trace = traced(model, lambda m: job(m, seed=seeds[seed], callback=bar.callback()))
         return Run(latent if vae is None else _decode(vae, latent), evaluation_seconds(trace))
 
     return go

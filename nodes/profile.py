@@ -9,10 +9,12 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..acceleration.caching.calibration import pair_errors
+from ..acceleration.caching.presets import magnitude_preset
 from ..acceleration.caching.profile import Profile
 from ..acceleration.errors import StrettoError
 from ..acceleration.hosts.comfy_profile import TIMING_MASK, profile
 from ..acceleration.hosts.comfy_sampling import SamplingJob
+from .cache import PRESET_TYPE
 from .charts import BLUE, GREEN, ORANGE, PINK, Chart, Series, as_image, draw_charts
 
 ProfileType = io.Custom("STRETTO_PROFILE")
@@ -79,6 +81,7 @@ class StrettoProfile(io.ComfyNode):
                 ProfileType.Output(display_name="profile"),
                 io.Image.Output(display_name="curves"),
                 io.String.Output(display_name="summary"),
+                PRESET_TYPE.Output(display_name="MagCache"),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
@@ -101,8 +104,8 @@ class StrettoProfile(io.ComfyNode):
         job = SamplingJob(model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
         found, latent = profile(model, job, lambda other: job(other, steps=len(TIMING_MASK)))
         picture, text = as_image(curves(found)), summary(found)
-        shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        return io.NodeOutput(ProfiledRun(found, job, latent), picture, text, ui={**shown, "text": (text,)})
+        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
+        return io.NodeOutput(ProfiledRun(found, job, latent), picture, text, magnitude_preset(found), ui=shown)
 
 
 def curves(found: Profile) -> Image.Image:

@@ -8,8 +8,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..acceleration.errors import StrettoError
+from ..acceleration.figures import plain_run
 from ..acceleration.hosts.comfy import TRACES, current_prompt_id
-from ..acceleration.trace import summary
+from ..acceleration.summary import summary
 from .timeline import timeline
 
 
@@ -39,8 +40,9 @@ class StrettoReport(io.ComfyNode):
     @classmethod
     def execute(cls, samples: dict) -> io.NodeOutput:
         trace, note = _find(cls.hidden.prompt or {}, str(cls.hidden.unique_id))
-        text = f"{note}\n{summary(trace)}" if note else summary(trace)
-        picture = torch.from_numpy(np.asarray(timeline(trace), dtype=np.float32) / 255.0)[None]
+        plain = plain_run(trace, TRACES.all())
+        text = "\n".join(filter(None, (note, summary(trace, plain))))
+        picture = torch.from_numpy(np.asarray(timeline(trace, plain), dtype=np.float32) / 255.0)[None]
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
         return io.NodeOutput(picture, text, json.dumps(trace), ui={**shown, "text": (text,)})
 

@@ -1,4 +1,4 @@
-"""A schedule of the user's own: which steps, or which blocks at which step, are computed."""
+"""A schedule of the user's own: which steps, which blocks, or which modules of blocks at which step, are computed."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..acceleration.caching.masks import COMPUTED, SKIPPED, Table, parse_mask, strip
-from ..acceleration.caching.table import block_rows
+from ..acceleration.caching.table import table_settings
 from ..acceleration.errors import StrettoError
 from ..acceleration.hosts import comfy as host
 from ..acceleration.plan import Request
@@ -18,7 +18,7 @@ MAX_BYTES = 1 << 20
 
 
 class StrettoCacheSchedule(io.ComfyNode):
-    """Skip exactly the steps, or blocks, that the user names."""
+    """Skip exactly the steps, blocks or modules that the user names."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -26,7 +26,7 @@ class StrettoCacheSchedule(io.ComfyNode):
             node_id="StrettoCacheSchedule",
             display_name="Stretto Cache Schedule",
             category="Stretto",
-            description="Skips exactly the steps you draw (# computed, . skipped), or single blocks by a table.",
+            description="Skips exactly the steps you draw (# computed, . skipped), or blocks, or modules of blocks, by a table.",
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion transformer to accelerate."),
                 io.String.Input(
@@ -34,14 +34,15 @@ class StrettoCacheSchedule(io.ComfyNode):
                     default="####.##.#.#.#.##",
                     multiline=True,
                     tooltip="One character a step: # is computed, . is skipped; another number of steps stretches it. Or a "
-                    'table of blocks as JSON (one mask a step, such as ["####", "##.."]), or the path of such a file.',
+                    'table of blocks as JSON (one mask a step, such as ["####", "##.."]), or of modules inside blocks (see the '
+                    "help page), or the path of such a file.",
                 ),
                 io.Combo.Input(
                     "forecaster",
                     options=list(FORECASTERS),
                     default="line",
                     tooltip="What stands in for a skipped step: the last computed features, the line through the last two, "
-                    "or the parabola through three. Tables always reuse.",
+                    "or the parabola through three. For tables of modules it stands in for a module; tables of blocks reuse.",
                 ),
                 io.Boolean.Input(
                     "required",
@@ -66,7 +67,7 @@ def schedule_request(schedule: str, forecaster: str, required: bool = False) -> 
         required: raise instead of sampling plainly when it cannot run.
 
     Raises:
-        StrettoError: neither mask nor table nor file, or a table below the level of blocks; says what was expected.
+        StrettoError: neither mask nor table nor file, or a table of unknown modules; says what was expected.
     """
     if forecaster not in FORECASTERS:
         known = ", ".join(FORECASTERS)
@@ -84,8 +85,11 @@ def schedule_request(schedule: str, forecaster: str, required: bool = False) -> 
     else:
         source = text.strip('"')
         document = _json(_read(Path(source)), source)
-    rows = block_rows(Table.from_json(document, source), source)
-    return Request("table", {"rows": rows}, required=required)
+    table, order = Table.from_json(document, source), FORECASTERS[forecaster]
+    settings = table_settings(table, source)
+    if table.modules and order:
+        settings |= {"forecaster": "newton", "order": order}
+    return Request("table", settings, required=required)
 
 
 def _read(path: Path) -> str:

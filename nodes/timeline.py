@@ -1,44 +1,52 @@
-"""The picture of a run: which steps were computed, forecast or reused, per guidance branch."""
+"""The picture of a run: which steps were computed, forecast or reused, per guidance branch, and what decided it."""
 
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..acceleration.figures import WORDS, Compared, comparisons, counts, decision_of, rows, steps_of
+from ..acceleration.summary import gain, storage
+
 #: Okabe-Ito colours, distinguishable with every common colour vision; patterns repeat the message.
-COLOURS = {"computed": "#0072B2", "forecast": "#E69F00", "reused": "#009E73"}
-BACKGROUND, INK, FAINT = "#1e1e24", "#f2f2f2", "#8a8a94"
-BRANCHES = ("cond", "uncond", "other")
+COLOURS = {"computed": "#0072B2", "forecast": "#E69F00", "reused": "#009E73", "mixed": "#CC79A7"}
+BACKGROUND, INK, FAINT, LIMIT = "#1e1e24", "#f2f2f2", "#8a8a94", "#D55E00"
 WIDTH, MARGIN, ROW, LABEL, BAR = 960, 24, 34, 84, 96
+TOP, SIGNAL, FOOTER = 84, 100, 92
+#: Changes beyond this multiple of the threshold are cut off: how far above it they lie decides nothing.
+MOST_SHOWN = 2.5
 
 
-def timeline(trace: dict[str, Any]) -> Image.Image:
+def timeline(trace: dict[str, Any], plain: dict[str, Any] | None = None) -> Image.Image:
     """Return the timeline of a ``trace@1`` document as an RGB picture, 960 pixels wide.
 
-    One column an evaluation: a row per branch, then seconds as bars, then the noise level.
+    One column an evaluation: a row per branch, one for all where they agree; what was compared with the threshold,
+    where there was one; then seconds as bars, and the noise level.
+
+    Args:
+        trace: the run.
+        plain: a plain run of the same work, for the measured speed-up; None where none is known.
     """
-    entries = trace["evaluations"]
-    seen = {branch["branch"] for entry in entries for branch in entry["branches"]}
-    names = [name for name in BRANCHES if name in seen] or ["all"]
-    top = 84
-    height = top + ROW * len(names) + BAR + 92
+    entries, strips, seen = trace["evaluations"], rows(trace), comparisons(trace)
+    height = TOP + ROW * len(strips) + (SIGNAL if seen else 0) + BAR + FOOTER
     image = Image.new("RGB", (WIDTH, height), BACKGROUND)
     draw = ImageDraw.Draw(image)
-    totals = trace["totals"]
     draw.text((MARGIN, 14), _title(trace), fill=INK, font=_font(18))
-    _legend(draw, totals, 46)
+    _legend(draw, counts(trace), 46)
     if not entries:
-        draw.text((MARGIN, top), "no evaluation was made", fill=FAINT, font=_font(14))
+        draw.text((MARGIN, TOP), "no evaluation was made", fill=FAINT, font=_font(14))
         return image
-    column = (WIDTH - 2 * MARGIN - LABEL) / len(entries)
-    for row, name in enumerate(names):
-        y = top + row * ROW
+    column, y = (WIDTH - 2 * MARGIN - LABEL) / len(entries), TOP
+    for name, row in strips.items():
         draw.text((MARGIN, y + 6), name, fill=INK, font=_font(14))
-        for i, entry in enumerate(entries):
-            _cell(draw, MARGIN + LABEL + i * column, y, column, _decision(entry, name))
-    _bars(draw, entries, top + ROW * len(names) + 8, column)
-    _axis(draw, entries, top + ROW * len(names) + BAR + 16, column)
-    reasons = "   ".join(f"{item['technique']}: {item['status']}" for item in trace["techniques"])
-    draw.text((MARGIN, height - 30), reasons, fill=FAINT, font=_font(13))
+        for i, decision in enumerate(row):
+            _cell(draw, MARGIN + LABEL + i * column, y, column, decision)
+        y += ROW
+    if seen:
+        _signal(draw, entries, seen, y, column)
+        y += SIGNAL
+    _bars(draw, entries, y + 8, column)
+    _axis(draw, entries, y + BAR + 16, column)
+    _footer(draw, trace, plain, height)
     return image
 
 
@@ -47,27 +55,21 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _title(trace: dict[str, Any]) -> str:
-    totals, steps = trace["totals"], max(len(trace["sigmas"]) - 1, 0)
-    name = trace["model"]["family"] or trace["model"]["network"]
+    totals, name = trace["totals"], trace["model"]["family"] or trace["model"]["network"]
     return (
-        f"{name} · {trace['sampler']['name']}, {steps} steps · {totals['computed']} of "
+        f"{name} · {trace['sampler']['name']}, {steps_of(trace)} steps · {totals['computed']} of "
         f"{totals['evaluations']} evaluations computed · {trace['seconds']['sampler']:.3f} s"
     )
 
 
-def _legend(draw: ImageDraw.ImageDraw, totals: dict[str, int], y: int) -> None:
+def _legend(draw: ImageDraw.ImageDraw, number: dict[str, int], y: int) -> None:
     x = MARGIN
-    for name, colour in COLOURS.items():
-        _cell(draw, x, y, 20, name, height=18)
-        label = f"{name} {totals[name]}"
-        draw.text((x + 28, y), label, fill=INK if colour else FAINT, font=_font(14))
+    for decision, count in number.items():
+        if decision == "mixed" and not count:
+            continue
+        _cell(draw, x, y, 20, decision, height=18)
+        draw.text((x + 28, y), f"{WORDS[decision]} {count}", fill=INK, font=_font(14))
         x += 150
-
-
-def _decision(entry: dict[str, Any], name: str) -> str | None:
-    if not entry["branches"]:
-        return entry["decision"] if entry["decision"] in COLOURS else "computed"
-    return next((branch["decision"] for branch in entry["branches"] if branch["branch"] == name), None)
 
 
 def _cell(
@@ -79,8 +81,35 @@ def _cell(
     draw.rectangle((x, y, right, y + height), fill=COLOURS[decision])
     if decision == "forecast":  # a slanted line: extrapolation
         draw.line((x, y + height, right, y), fill=BACKGROUND, width=2)
-    if decision == "reused":  # a level line: unchanged
+    if decision in ("reused", "mixed"):  # a level line: unchanged
         draw.line((x, y + height / 2, right, y + height / 2), fill=BACKGROUND, width=2)
+    if decision == "mixed":  # crossed: in part
+        middle = (x + right) / 2
+        draw.line((middle, y, middle, y + height), fill=BACKGROUND, width=2)
+
+
+def _signal(
+    draw: ImageDraw.ImageDraw, entries: list[dict[str, Any]], seen: list[Compared], y: int, column: float
+) -> None:
+    """Draw the compared values as bars against the threshold: full where they decided, hollow where rails did."""
+    room, bottom = SIGNAL - 20, y + SIGNAL - 8
+    highest = max(item.threshold for item in seen)
+    top = min(max(max(item.value for item in seen), 1.25 * highest), MOST_SHOWN * highest) or 1.0
+    draw.text((MARGIN, bottom - 40), "change", fill=INK, font=_font(14))
+    draw.text((MARGIN, bottom - 22), f"threshold {highest:.2g}", fill=LIMIT, font=_font(11))
+    for item in seen:
+        left, size = MARGIN + LABEL + item.place * column, min(item.value / top, 1.0) * room
+        box = (left, bottom - size, left + max(column - 2, 1), bottom)
+        if item.free:
+            draw.rectangle(box, fill=COLOURS[decision_of(entries[item.place])])
+        else:
+            draw.rectangle(box, outline=FAINT)
+        if item.skipped:
+            draw.ellipse((left + column / 2 - 4, bottom - size - 9, left + column / 2 + 2, bottom - size - 3), fill=INK)
+        if item.value > top:  # torn off: it goes on beyond the plot
+            draw.line((left - 1, bottom - room + 12, left + column, bottom - room + 6), fill=BACKGROUND, width=4)
+        at = bottom - item.threshold / top * room
+        draw.line((left, at, left + column, at), fill=LIMIT, width=2)
 
 
 def _bars(draw: ImageDraw.ImageDraw, entries: list[dict[str, Any]], y: int, column: float) -> None:
@@ -91,7 +120,7 @@ def _bars(draw: ImageDraw.ImageDraw, entries: list[dict[str, Any]], y: int, colu
     for i, value in enumerate(seconds):
         x = MARGIN + LABEL + i * column
         size = min(value / longest, 1.0) * (BAR - 12)
-        draw.rectangle((x, y + BAR - size, x + max(column - 2, 1), y + BAR), fill=COLOURS.get(entries[i]["decision"], FAINT))
+        draw.rectangle((x, y + BAR - size, x + max(column - 2, 1), y + BAR), fill=COLOURS[decision_of(entries[i])])
 
 
 def _axis(draw: ImageDraw.ImageDraw, entries: list[dict[str, Any]], y: int, column: float) -> None:
@@ -100,3 +129,11 @@ def _axis(draw: ImageDraw.ImageDraw, entries: list[dict[str, Any]], y: int, colu
         x = MARGIN + LABEL + i * column
         draw.text((x, y), f"{entries[i]['sigma']:.2f}", fill=FAINT, font=_font(11))
     draw.text((MARGIN, y), "noise level", fill=INK, font=_font(14))
+
+
+def _footer(draw: ImageDraw.ImageDraw, trace: dict[str, Any], plain: dict[str, Any] | None, height: int) -> None:
+    """Write the gain and the memory, and what became of each technique."""
+    figures = "   ".join(filter(None, (gain(trace, plain), storage(trace))))
+    draw.text((MARGIN, height - 50), figures, fill=INK, font=_font(13))
+    states = "   ".join(f"{item['technique']}: {item['status']}" for item in trace["techniques"])
+    draw.text((MARGIN, height - 28), states, fill=FAINT, font=_font(13))

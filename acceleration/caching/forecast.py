@@ -146,11 +146,6 @@ def probe_weights(distance: float, last_distance: float, limit: float = 1.5) -> 
     return [gain, 1.0 - gain]
 
 
-def noise_gain(weights: Sequence[float]) -> float:
-    """Return by how much a forecast amplifies independent rounding noise: the weights' Euclidean norm."""
-    return float(np.sqrt(np.sum(np.square(np.asarray(weights, dtype=np.float64)))))
-
-
 @dataclass(frozen=True)
 class Forecaster:
     """A forecaster by name, called alike whatever it needs.
@@ -177,6 +172,12 @@ FORECASTERS = {
     forecaster.name: forecaster
     for forecaster in (
         Forecaster("reuse", lambda **_: 1, lambda u, target, steps, **_: newton_weights(u, target, 0), "plain reuse"),
+        Forecaster(
+            "aligned",
+            lambda **_: 2,
+            lambda u, target, steps, **_: newton_weights(u, target, 0),
+            "DiCache, arXiv 2508.17356: the probe's two weights (probe_weights), and reuse until it has any",
+        ),
         Forecaster(
             "line",
             lambda damping=1.0, **_: 2 if damping else 1,

@@ -4,17 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
+from .store import SAME_POSITION
 
-def magnitude_ratio(residual: torch.Tensor, previous: torch.Tensor) -> float:
-    """Return MagCache's ratio: mean over tokens of the quotient of channel norms (arXiv 2506.09045).
 
-    Args:
-        residual: stack residual now, [..., tokens, channels].
-        previous: stack residual of the evaluation before, same shape.
-    """
-    norms = torch.linalg.vector_norm(residual.float(), dim=-1)
-    before = torch.linalg.vector_norm(previous.float(), dim=-1)
-    return (norms / before.clamp_min(torch.finfo(torch.float32).tiny)).mean().item()
+def relative_change(now: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return mean|now - reference| / mean|reference|, accumulated in fp32, as a scalar on the tensors' device."""
+    reference = reference.float()
+    return (now.float() - reference).abs().mean() / reference.abs().mean().clamp(min=1e-12)
 
 
 @dataclass
@@ -60,3 +56,41 @@ class TransformRate:
         """Forget everything (a new trajectory has begun)."""
         self.kappa = self.previous_input = self.computed_input = self.computed_output = None
         self.output_norm = 0.0
+
+
+@dataclass
+class FeatureDrift:
+    """AdaCache's distance (arXiv 2411.02397, eq. 4): how fast the stored feature changed between two computed evaluations.
+
+    mean|F_0 - F_1| / mean|F_1| per step between them, known from the second computed evaluation on and valid until the
+    next. It is measured where the feature is stored and read when the next evaluation begins, so the host waits once and
+    only after a computed evaluation.
+    """
+
+    position: float | None = None
+    measured: torch.Tensor | None = None
+    known: float | None = None
+
+    def change(self) -> float | None:
+        """Return the change per step; None while fewer than two evaluations were computed."""
+        if self.measured is not None:
+            self.known, self.measured = self.measured.item(), None
+        return self.known
+
+    def observe(self, position: float, feature: torch.Tensor, before: torch.Tensor | None) -> None:
+        """Learn from a computed evaluation.
+
+        Args:
+            position: its step position.
+            feature: what is stored now.
+            before: what the computed evaluation before it stored, None where there is none.
+        """
+        last, self.position = self.position, position
+        if before is None or last is None or before.shape != feature.shape:
+            self.measured = self.known = None
+        elif abs(position - last) > SAME_POSITION:
+            self.measured = relative_change(feature, before) / abs(position - last)
+
+    def reset(self) -> None:
+        """Forget everything (a new trajectory has begun)."""
+        self.position = self.measured = self.known = None

@@ -14,6 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from ..errors import StrettoError
+
 
 def flow_sigmas(steps: int, shift: float) -> tuple[float, ...]:
     """Return the ``steps + 1`` noise levels of a shifted flow-matching run, 1 first and 0 last.
@@ -67,6 +69,33 @@ class MagnitudeCurve:
         logs = np.concatenate(([0.0], np.cumsum(np.log(np.asarray(ratios[1:], dtype=np.float64)))))
         levels = tuple(float(sigma) for sigma in sigmas[: len(ratios)])
         return cls(levels, tuple(logs.tolist()), tuple(float(ratio) for ratio in ratios))
+
+    @classmethod
+    def from_text(cls, text: str) -> "MagnitudeCurve":
+        """Inverse of :meth:`to_text`; logarithms count from the first level's.
+
+        Raises:
+            StrettoError: names the field, the part that is wrong and what was expected.
+        """
+        points = []
+        for word in text.split():
+            sigma, _, log = word.partition(":")
+            try:
+                points.append((float(sigma), float(log)))
+            except ValueError:
+                points.append((math.nan, math.nan))
+            if not all(map(math.isfinite, points[-1])):
+                raise StrettoError(f"curve: {word!r:.60} is no level; expected sigma:logarithm, such as 0.75:-0.0123")
+        sigmas, logs = [sigma for sigma, _ in points], np.asarray([log for _, log in points])
+        try:
+            logs = logs - logs[:1]
+            return cls(tuple(sigmas), tuple(logs.tolist()), tuple(np.exp(np.diff(logs, prepend=0.0)).tolist()))
+        except ValueError as error:
+            raise StrettoError(f"curve: {text!r:.60}: {error}") from None
+
+    def to_text(self) -> str:
+        """Return the curve as one line of settings: ``sigma:logarithm`` per level, highest level first."""
+        return " ".join(f"{sigma:.9g}:{log:.9g}" for sigma, log in zip(self.sigmas, self.logs))
 
     def log_magnitude(self, sigma: float) -> float:
         """Return L(sigma), piecewise linear and so monotone between calibrated levels.

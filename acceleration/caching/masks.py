@@ -285,7 +285,9 @@ def _checked_rows(rows: Any, modules: int, source: str) -> tuple[tuple[Any, ...]
         else:
             cells = _booleans(row, where, source)
         if result and len(cells) != len(result[0]):
-            raise StrettoError(f"{source}: {where} has {len(cells)} blocks; expected {len(result[0])} as in computed[0]")
+            raise StrettoError(
+                f"{source}: {where} has {len(cells)} blocks; expected {len(result[0])} as in computed[0]"
+            )
         result.append(cells)
     return tuple(result)
 
@@ -300,7 +302,9 @@ def _booleans(values: Any, where: str, source: str, length: int | None = None) -
     elif isinstance(values, list | tuple) and values and all(value in (0, 1) for value in values):
         mask = tuple(bool(value) for value in values)
     else:
-        raise StrettoError(f"{source}: {where} is {values!r}; expected a mask such as '##.#' or a list of true and false")
+        raise StrettoError(
+            f"{source}: {where} is {values!r}; expected a mask such as '##.#' or a list of true and false"
+        )
     if length is not None and len(mask) != length:
         raise StrettoError(f"{source}: {where} has {len(mask)} entries; expected {length}, one per module")
     return mask

@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import StrettoError
-from .tap import BLOCKS, DELTA, OUTPUT, Tap
+from .store import STORES
+from .tap import BLOCKS, DELTA, DENOISED, OUTPUT, TABLE, Tap
 
 
 @dataclass(frozen=True)
@@ -14,11 +15,14 @@ class Method:
 
     Attributes:
         name: as its authors call it.
-        tap: where features are taken: ``"output"``, ``"delta"`` or ``"blocks"`` (:class:`~.tap.Tap`).
-        policy: ``"interval"``, ``"growing"``, ``"mask"``, ``"magnitude"``, ``"accumulate"`` or ``"threshold"``.
+        tap: where features are taken: ``"output"``, ``"delta"``, ``"denoised"`` or ``"blocks"`` (:class:`~.tap.Tap`);
+            ``"table"`` where a table of blocks or modules says (:mod:`.named_tables`).
+        policy: ``"interval"``, ``"growing"``, ``"mask"``, ``"magnitude"``, ``"accumulate"``, ``"threshold"``,
+            ``"decaying"`` (a threshold that falls along the run) or ``"codebook"``.
         forecaster: key of :data:`~.forecast.FORECASTERS`.
-        indicator: ``""``, ``"rate"`` (network input and output), ``"input"`` (the first block's modulated input),
-            ``"residual"`` (what the first blocks add) or ``"forecast"`` (how wrong a forecast of that is).
+        indicator: ``""``, ``"rate"`` (network input and output), ``"drift"`` (what was stored), ``"input"`` (the first
+            block's modulated input), ``"residual"`` (what the first blocks add), ``"forecast"`` (how wrong a forecast of
+            what they yield is), ``"draft"`` (the same, element by element) or ``"trajectory"`` (how far they have come).
         residual: whether ``"blocks"`` stores what the range adds instead of what it yields.
         before: blocks that always run ahead of the range; None takes the setting ``first_blocks``.
         after: blocks that always run behind it; None takes the setting ``last_blocks``.
@@ -39,6 +43,11 @@ class Method:
     def static(self) -> bool:
         """Whether the schedule is known before sampling."""
         return self.policy in ("interval", "growing", "mask", "magnitude")
+
+    @property
+    def inside(self) -> bool:
+        """Whether the indicator looks inside the network."""
+        return self.indicator in ("input", "residual", "forecast", "draft", "trajectory")
 
     def place(self, settings: "CacheSettings", blocks: int) -> Tap:
         """Return the tap for a network of ``blocks`` blocks."""
@@ -65,6 +74,15 @@ METHODS = {
             "forecast",
             before=1,
         ),
+        Method(
+            "SpeCa",
+            BLOCKS,
+            "decaying",
+            "taylor",
+            "SpeCa, arXiv 2509.11628, verified at the front",
+            "draft",
+            before=None,
+        ),
         Method("HiCache", BLOCKS, "interval", "hermite", "HiCache, arXiv 2508.16984"),
         Method("Spectrum", BLOCKS, "growing", "chebyshev", "Spectrum, arXiv 2603.01623, anchored"),
         Method("TeaCache", BLOCKS, "accumulate", "reuse", "TeaCache, arXiv 2411.19108", "input", residual=True),
@@ -75,10 +93,18 @@ METHODS = {
         Method(
             "DBCache", BLOCKS, "threshold", "reuse", "DBCache of cache-dit", "residual", True, before=None, after=None
         ),
+        Method("DiCache", BLOCKS, "accumulate", "aligned", "DiCache, arXiv 2508.17356", "trajectory", residual=True),
+        Method("AdaCache", BLOCKS, "codebook", "reuse", "AdaCache, arXiv 2411.02397", "drift", residual=True),
+        Method("LazyCache", DENOISED, "accumulate", "reuse", "LazyCache of ComfyUI, before guidance", "rate"),
         Method("FORA", BLOCKS, "interval", "reuse", "FORA, arXiv 2407.01425, over the whole stack", residual=True),
         Method("SCM", BLOCKS, "mask", "reuse", "static compute masks of cache-dit", residual=True),
         Method("Schedule", BLOCKS, "mask", "newton", "a mask of yours"),
         Method("Output", OUTPUT, "interval", "newton", "multistep solver of the network's output"),
+        Method("Fitted", OUTPUT, "mask", "fitted", "weights fitted to the model; after S4S, arXiv 2502.17423"),
+        Method("PAB", TABLE, "interval", "reuse", "Pyramid Attention Broadcast, arXiv 2408.12588, module by module"),
+        Method("DeltaDiT", TABLE, "interval", "reuse", "Delta-DiT, arXiv 2406.01125, block by block"),
+        Method("FORA modules", TABLE, "interval", "reuse", "FORA, arXiv 2407.01425, module by module as published"),
+        Method("TaylorSeer modules", TABLE, "interval", "taylor", "TaylorSeer, arXiv 2503.06923, module by module as published"),
     )
 }
 
@@ -94,6 +120,7 @@ LIMITS = {
     "forced": (-1, 1000),
     "degree": (1, 8),
     "snapshots": (2, 100),
+    "probe_order": (-1, 3),
 }
 NUMBERS = {
     "threshold": (0.0, 10.0),
@@ -101,6 +128,9 @@ NUMBERS = {
     "damping": (0.0, 1.0),
     "ridge": (0.0, 10.0),
     "blend": (0.0, 1.0),
+    "window": (1.0, 100.0),
+    "decay": (0.0, 1.0),
+    "floor": (0.0, 10.0),
 }
 COORDINATES = ("step", "sigma", "logsnr")
 LEVELS = ("slow", "medium", "fast", "ultra")
@@ -115,19 +145,19 @@ class CacheSettings:
 
     Attributes:
         method: key of :data:`METHODS`.
-        interval: compute every n-th step (``"interval"``).
+        interval: compute every n-th step (``"interval"``); the longest gap of AdaCache's codebook.
         order: degree of a polynomial forecast, 0 for reuse.
         threshold: what a signal, or a sum of signals, must stay below.
         warmup: first steps that are always computed.
         tail: last steps that are always computed.
         max_skips: most evaluations skipped in a row, 0 for no limit.
-        first_blocks: blocks ahead of the cached range (DBCache's F).
+        first_blocks: blocks ahead of the cached range (DBCache's F), or that tell how much has changed (SpeCa, DiCache).
         last_blocks: blocks behind it (DBCache's B).
         growth: how much Spectrum's window grows with every computed step.
         damping: share of the slope that a line keeps.
         coordinate: what forecasts are made over: ``"step"``, ``"sigma"`` or ``"logsnr"``.
         level: which static mask (SCM).
-        mask: the mask of ``"Schedule"``, ``#`` computed and ``.`` skipped.
+        mask: the mask of ``"Schedule"`` and ``"Fitted"``, ``#`` computed and ``.`` skipped.
         preset: one of :data:`PRESETS`; other than "as set" it replaces the numbers by a preset's.
         family: the architecture family these settings were calibrated for, "" for any.
         forced: one step that is computed besides, -1 for none.
@@ -135,6 +165,17 @@ class CacheSettings:
         ridge: Spectrum's penalty.
         snapshots: Spectrum's window.
         blend: share of Spectrum's fit, against the line.
+        weights: weights of ``"Fitted"`` per skipped step (:meth:`~.fitting.FittedWeights.to_settings`).
+        sigmas: noise levels that they were fitted on.
+        window: Spectrum's first window, whose whole part is the first gap between computed steps.
+        probe_order: degree of the gate's forecast (CG-Taylor, SpeCa), -1 for ``order``.
+        decay: share of SpeCa's threshold that is left at the run's end.
+        floor: what SpeCa's threshold never falls below.
+        codebook: AdaCache's, as ``"change:rate change:rate"``; "" for an even one of ``threshold`` and ``interval``.
+        curve: MagCache's magnitudes (:meth:`~.magnitude.MagnitudeCurve.to_text`), "" for those published for the model.
+        variant: the model within the family that these settings belong to, "" for any.
+        origin: the file they come from, for messages.
+        store: how features are kept, one of :data:`~.store.STORES`.
 
     Raises:
         StrettoError: a value is out of range; the message names field, value and range.
@@ -161,12 +202,24 @@ class CacheSettings:
     ridge: float = 0.1
     snapshots: int = 10
     blend: float = 0.5
+    weights: str = ""
+    sigmas: str = ""
+    window: float = 2.0
+    probe_order: int = -1
+    decay: float = 0.3
+    floor: float = 0.0
+    codebook: str = ""
+    curve: str = ""
+    variant: str = ""
+    origin: str = ""
+    store: str = "as computed"
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("coordinate", self.coordinate, COORDINATES)
         _one_of("level", self.level, LEVELS)
         _one_of("preset", self.preset, PRESETS)
+        _one_of("store", self.store, STORES)
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -175,7 +228,7 @@ class CacheSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 raise StrettoError(f"Stretto Cache: {name} is {value!r}; it must be a number in [{low:g}, {high:g}]")
-        for name in ("mask", "family"):
+        for name in ("mask", "family", "weights", "sigmas", "codebook", "curve", "variant", "origin"):
             if not isinstance(getattr(self, name), str):
                 raise StrettoError(f"Stretto Cache: {name} is {getattr(self, name)!r}; it must be text")
 
@@ -190,5 +243,4 @@ class CacheSettings:
 
 def _one_of(name: str, value: Any, known: Mapping[str, Any] | tuple[str, ...]) -> None:
     if value not in known:
-        many = {"method": "methods", "coordinate": "coordinates", "level": "levels", "preset": "presets"}[name]
-        raise StrettoError(f"Stretto Cache: {name} is {value!r}; known {many}: {', '.join(known)}")
+        raise StrettoError(f"Stretto Cache: {name} is {value!r}; known {name}s: {', '.join(known)}")

@@ -1,7 +1,11 @@
 """Which evaluations to compute. Every policy respects a warm-up, a tail and a part of the run."""
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from ..errors import StrettoError
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,7 @@ def interval_mask(steps: int, rails: Rails, interval: int) -> tuple[bool, ...]:
     (TaylorSeer's schedule, arXiv 2503.06923, with a tail).
     """
     return tuple(
-        rails.reason(step, steps) is not None or (step - rails.warmup + 1) % interval == 0
-        for step in range(steps)
+        rails.reason(step, steps) is not None or (step - rails.warmup + 1) % interval == 0 for step in range(steps)
     )
 
 
@@ -80,3 +83,49 @@ class Accumulator:
     def reset(self) -> None:
         """Start a new sum; call after a computed evaluation."""
         self.total = 0.0
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """How long a computed step lasts, by how fast features change (AdaCache, arXiv 2411.02397).
+
+    Attributes:
+        rungs: (change, rate) with rising changes: below the change, one step in ``rate`` is computed. Above the last
+            rung's change every step is.
+
+    Raises:
+        StrettoError: no rung, changes that do not rise, or a rate below 1.
+    """
+
+    rungs: tuple[tuple[float, int], ...]
+
+    def __post_init__(self) -> None:
+        changes = [change for change, _ in self.rungs]
+        fine = bool(changes) and changes == sorted(set(changes)) and all(rate >= 1 for _, rate in self.rungs)
+        if not fine or not all(map(math.isfinite, changes)):
+            raise StrettoError(f"codebook: {self.rungs}; expected rising changes, each with a rate of 1 or more")
+
+    @classmethod
+    def even(cls, width: float, most: int) -> "Codebook":
+        """Return the codebook whose rate is ``most`` below ``width``, ``most - 1`` below twice that, and so on down to 2.
+
+        Both published codebooks for 30 steps are of this form, with a width of 0.08 and 6 or 3 at most.
+        """
+        most = most if width > 0 else 1
+        return cls(tuple((width * (rung + 1), most - rung) for rung in range(max(most - 1, 1))))
+
+    @classmethod
+    def parse(cls, text: str) -> "Codebook":
+        """Return the codebook of a text such as ``"0.03:12 0.05:10 1:3"``; commas separate as spaces do."""
+        rungs = []
+        for word in re.split(r"[\s,]+", text.strip()):
+            change, _, rate = word.partition(":")
+            try:
+                rungs.append((float(change), int(rate)))
+            except ValueError:
+                raise StrettoError(f"codebook: {word!r} is no rung; expected change:rate, such as 0.08:6") from None
+        return cls(tuple(rungs))
+
+    def rate(self, change: float) -> int:
+        """Return how many steps a computed one stands for, itself included."""
+        return next((rate for below, rate in self.rungs if change < below), 1)

@@ -13,9 +13,11 @@ from typing import Any
 
 from ..errors import SchemaError, StrettoError
 from ..schemas import require
-from .magnitude import MagnitudeCurve, flow_sigmas
+from .magnitude import MagnitudeCurve, flow_sigmas, retained_steps
 from .masks import Mask, Table, parse_mask
+from .policy import Codebook
 from .polynomial import ClampedPolynomial
+from .profile import MAX_STEPS, Profile
 
 SCHEMA = "preset@1"
 FOLDER = Path(__file__).resolve().parents[2] / "presets" / "caching"
@@ -92,6 +94,23 @@ class Preset:
             known = ", ".join(self.levels) or "none"
             raise StrettoError(f"preset {self.method} for {self.family}: no level {level!r}; known levels: {known}")
         return {**self.settings, **(self.levels[level] if level is not None else {})}
+
+    def request(self, origin: str = "") -> dict[str, Any]:
+        """Return the settings of a cache request that runs with this preset.
+
+        A mask serves every model of the family it was found for; a magnitude curve and fitted weights belong to one model,
+        so they travel with the model's name.
+
+        Args:
+            origin: the file the preset was read from, for messages.
+        """
+        family, variant = ("" if name == ANY else name for name in (self.family, self.variant))
+        settings = {"method": self.method, **self.settings, "family": family, "origin": origin}
+        if self.method == "Fitted":
+            settings["variant"] = variant
+        if self.method == "MagCache" and "ratios" in self.data:
+            settings.update(curve=self.curve().to_text(), variant=variant)
+        return settings
 
     def fits(self, steps: int) -> bool:
         """Whether the preset is meant for runs of ``steps`` steps."""
@@ -188,6 +207,13 @@ class Preset:
                 self.mask(level)
         except ValueError as error:
             raise StrettoError(f"{source}: data: {error}") from None
+        try:
+            if self.settings.get("curve"):
+                MagnitudeCurve.from_text(str(self.settings["curve"]))
+            if self.settings.get("codebook"):
+                Codebook.parse(str(self.settings["codebook"]))
+        except StrettoError as error:
+            raise StrettoError(f"{source}: settings.{error}") from None
         if "table" in self.data:
             Table.from_json(self.data["table"], f"{source}: data.table")
 
@@ -243,6 +269,37 @@ def save_preset(path: str | os.PathLike[str], preset: Preset, overwrite: bool = 
         raise StrettoError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+def magnitude_preset(profile: Profile, threshold: float = 0.12, max_skips: int = 4, retention: float = 0.2) -> Preset:
+    """Return the magnitude curve of a profiled run as a MagCache preset for the profiled model.
+
+    The numbers are the published ones of Wan 2.1 1.3B (arXiv 2506.09045), the middle of the published range.
+
+    Args:
+        profile: a run with nothing skipped; ``about`` names the family.
+        threshold: accumulated error that computes.
+        max_skips: longest run of skipped steps.
+        retention: share of the run that is computed at its start, in [0, 1].
+
+    Raises:
+        StrettoError: the profile does not say which family it is of.
+    """
+    about, curve = profile.about, profile.curve()
+    if not about.get("family"):
+        raise StrettoError(f"profile: about.family is {about.get('family')!r}; expected the model's family")
+    figures = {name: about[name] for name in ("family", "network", "sampler", "device", "dtype") if name in about}
+    figures["steps"] = profile.steps
+    warmup = retained_steps(retention, profile.steps)
+    return Preset(
+        family=about["family"],
+        variant=about.get("variant") or ANY,
+        method="MagCache",
+        settings={"threshold": threshold, "max_skips": max_skips, "warmup": warmup, "tail": 1},
+        steps=(1, MAX_STEPS),
+        data={"ratios": list(curve.ratios), "sigmas": list(curve.sigmas)},
+        provenance=Provenance("Stretto Profile, on the user's own model and prompt", MEASURED, figures),
+    )
+
+
 @cache
 def builtin_presets() -> tuple[Preset, ...]:
     """Return the presets that come with the pack, in the order of their file names."""
@@ -289,7 +346,9 @@ class _Checks:
             raise StrettoError(f"{self.source}: {name} has no field {missing[0]!r}; expected {', '.join(known)}")
         unknown = [key for key in value if key not in known]
         if unknown:
-            raise StrettoError(f"{self.source}: {name} has an unknown field {unknown[0]!r}; expected {', '.join(known)}")
+            raise StrettoError(
+                f"{self.source}: {name} has an unknown field {unknown[0]!r}; expected {', '.join(known)}"
+            )
 
     def mapping(self, value: Any, name: str) -> Mapping[str, Any]:
         self.that(isinstance(value, Mapping), name, value, "an object")
@@ -334,7 +393,9 @@ class _Checks:
         if "coefficients" in value:
             self.numbers(value["coefficients"], "data.coefficients", 1, 10)
             self.numbers(value.get("range"), "data.range", 2, 2)
-            self.that(value["range"][0] <= value["range"][1], "data.range", value["range"], "[low, high] with low <= high")
+            self.that(
+                value["range"][0] <= value["range"][1], "data.range", value["range"], "[low, high] with low <= high"
+            )
             self.text(value.get("range_source"), "data.range_source")
             self.text(value.get("indicator"), "data.indicator")
         for level, mask in self.mapping(value.get("masks", {}), "data.masks").items():

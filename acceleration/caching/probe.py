@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
 from ...kernels.weighted_sum import weighted_sum
+from .forecast import probe_weights
+from .indicator import relative_change
+from .store import SAME_POSITION
 
 
 class Probe(Protocol):
@@ -14,17 +17,29 @@ class Probe(Protocol):
 
     Attributes:
         blocks: how many blocks run before the tensor is there; 0 means the first block's modulated input.
-        raw: whether it is what these blocks yield, instead of what they add to their input.
+        raw: whether what these blocks yield is enough. Where it is not, what went into the first of them comes along.
+        weights: what the measurement says about the forecast: weights of the newest snapshots, newest first. None leaves
+            them to the forecaster.
     """
 
     blocks: int
     raw: bool
+    weights: tuple[float, ...] | None
 
-    def measure(self, key: Hashable, tensor: torch.Tensor, position: float) -> float | None:
-        """Return the signal, None while there is nothing to compare with. One host synchronisation."""
+    def measure(
+        self, key: Hashable, tensor: torch.Tensor, position: float, start: torch.Tensor | None = None
+    ) -> float | None:
+        """Return the signal, None while there is nothing to compare with. One host synchronisation.
 
-    def computed(self, key: Hashable, tensor: torch.Tensor, position: float) -> None:
-        """The evaluation that was just measured is computed in full."""
+        Args:
+            key: of the branch.
+            tensor: what the first blocks yield.
+            position: of the evaluation, in the coordinate of forecasts.
+            start: what went into the first block, same shape; given unless ``raw``.
+        """
+
+    def computed(self, key: Hashable, tensor: torch.Tensor, position: float, start: torch.Tensor | None = None) -> None:
+        """The evaluation that was just measured is computed in full. Arguments as for :meth:`measure`."""
 
     def reset(self) -> None:
         """Forget the trajectory."""
@@ -32,8 +47,13 @@ class Probe(Protocol):
 
 def relative_l1(now: torch.Tensor, reference: torch.Tensor) -> float:
     """mean|now - reference| / mean|reference|, accumulated in fp32."""
+    return relative_change(now, reference).item()
+
+
+def elementwise_l1(now: torch.Tensor, reference: torch.Tensor) -> float:
+    """mean(|now - reference| / |reference|), accumulated in fp32: the smallest elements of the reference weigh most."""
     reference = reference.float()
-    return ((now.float() - reference).abs().mean() / reference.abs().mean().clamp(min=1e-12)).item()
+    return ((now.float() - reference).abs() / (reference.abs() + 1e-10)).mean().item()
 
 
 @dataclass
@@ -48,9 +68,13 @@ class RelativeChange:
     previous: bool = False
     raw: bool = False
     references: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+    weights: ClassVar[None] = None
 
-    def measure(self, key: Hashable, tensor: torch.Tensor, position: float) -> float | None:
-        """Return the change since the reference."""
+    def measure(
+        self, key: Hashable, tensor: torch.Tensor, position: float, start: torch.Tensor | None = None
+    ) -> float | None:
+        """Return the change since the reference, of what the blocks add to ``start`` where one is given."""
+        tensor = _added(tensor, start)
         reference = self.references.get(key)
         if self.previous:
             self.references[key] = _copy(tensor)
@@ -58,10 +82,10 @@ class RelativeChange:
             return None
         return relative_l1(tensor, reference)
 
-    def computed(self, key: Hashable, tensor: torch.Tensor, position: float) -> None:
+    def computed(self, key: Hashable, tensor: torch.Tensor, position: float, start: torch.Tensor | None = None) -> None:
         """Make this evaluation the reference."""
         if not self.previous:
-            self.references[key] = _copy(tensor)
+            self.references[key] = _copy(_added(tensor, start))
 
     def reset(self) -> None:
         """Forget the references."""
@@ -73,26 +97,30 @@ class ForecastError:
     """How wrong a forecast of the probed tensor is: Confidence-Gated Taylor (arXiv 2508.02240, section 3).
 
     mean|forecast - actual| / mean|actual|. Snapshots are taken at computed evaluations only, so the gate extrapolates as
-    far as the forecast of the last block does.
+    far as the forecast of the last block does. SpeCa (arXiv 2509.11628) verifies its drafts by ``error``
+    :func:`elementwise_l1`.
     """
 
     blocks: int
     depth: int
-    weights: Callable[[Sequence[float], float], list[float]]
+    forecast: Callable[[Sequence[float], float], list[float]]
+    error: Callable[[torch.Tensor, torch.Tensor], float] = relative_l1
     raw: bool = True
     positions: dict[Hashable, list[float]] = field(default_factory=dict)
     tensors: dict[Hashable, list[torch.Tensor]] = field(default_factory=dict)
+    weights: ClassVar[None] = None
 
-    def measure(self, key: Hashable, tensor: torch.Tensor, position: float) -> float | None:
+    def measure(
+        self, key: Hashable, tensor: torch.Tensor, position: float, start: torch.Tensor | None = None
+    ) -> float | None:
         """Return the relative error of the forecast."""
         stored = self.tensors.get(key)
         if not stored or stored[0].shape != tensor.shape or self.positions[key][0] == position:
             return None
-        weights = self.weights(self.positions[key], position)
-        forecast = weighted_sum(stored[: len(weights)], weights)
-        return relative_l1(forecast, tensor)
+        weights = self.forecast(self.positions[key], position)
+        return self.error(weighted_sum(stored[: len(weights)], weights), tensor)
 
-    def computed(self, key: Hashable, tensor: torch.Tensor, position: float) -> None:
+    def computed(self, key: Hashable, tensor: torch.Tensor, position: float, start: torch.Tensor | None = None) -> None:
         """Take a snapshot."""
         stored, positions = self.tensors.setdefault(key, []), self.positions.setdefault(key, [])
         if stored and (stored[0].shape != tensor.shape or positions[0] == position):
@@ -106,6 +134,61 @@ class ForecastError:
         """Forget the snapshots."""
         self.positions.clear()
         self.tensors.clear()
+
+
+@dataclass
+class Trajectory:
+    """Where the first blocks are on their way: DiCache (arXiv 2508.17356 and its public code).
+
+    The signal is the relative L1 change of what they yield since the previous evaluation, skipped or not. What they add to
+    their input is kept at the last two computed evaluations, p_1 and p_0 (newest). That it has come mean|p - p_1| by now,
+    where it had come mean|p_0 - p_1|, is taken for how far the whole stack's addition has come:
+    :func:`~.forecast.probe_weights`.
+    """
+
+    blocks: int
+    raw: bool = False
+    previous: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+    added: dict[Hashable, list[torch.Tensor]] = field(default_factory=dict)
+    positions: dict[Hashable, float] = field(default_factory=dict)
+    weights: tuple[float, ...] | None = None
+
+    def measure(
+        self, key: Hashable, tensor: torch.Tensor, position: float, start: torch.Tensor | None = None
+    ) -> float | None:
+        """Return the change since the previous evaluation, and set ``weights`` once two evaluations were computed."""
+        before, self.previous[key] = self.previous.get(key), _copy(tensor)
+        self.weights = None
+        if before is None or before.shape != tensor.shape:
+            self.added.pop(key, None)
+            return None
+        change, added = relative_change(tensor, before), self.added.get(key, ())
+        if len(added) < 2:
+            return change.item()
+        moved = (_added(tensor, start).float() - added[1].float()).abs().mean()
+        span = (added[0].float() - added[1].float()).abs().mean()
+        signal, distance, last_distance = torch.stack((change, moved, span)).tolist()
+        self.weights = tuple(probe_weights(distance, last_distance))
+        return signal
+
+    def computed(self, key: Hashable, tensor: torch.Tensor, position: float, start: torch.Tensor | None = None) -> None:
+        """Keep what the blocks add; a second evaluation at one position replaces the first, as in the store."""
+        added = self.added.setdefault(key, [])
+        if added and abs(self.positions[key] - position) < SAME_POSITION:
+            added.pop(0)
+        added.insert(0, _copy(_added(tensor, start)))
+        del added[2:]
+        self.positions[key] = position
+
+    def reset(self) -> None:
+        """Forget the way."""
+        self.weights = None
+        for memory in (self.previous, self.added, self.positions):
+            memory.clear()
+
+
+def _added(tensor: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
+    return tensor if start is None else tensor - start
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

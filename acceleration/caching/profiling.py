@@ -26,6 +26,10 @@ class ProfileTechnique:
         if not isinstance(token, str) or not token or set(request.settings) != {"token"}:
             raise StrettoError(f"Stretto Profile: settings are {dict(request.settings)}; expected a token alone")
 
+    def inside_blocks(self, request: Request) -> bool:
+        """Return False: modules inside blocks are of no interest here."""
+        return False
+
     def resolve(self, request: Request, facts: Facts) -> Outcome:
         """Return whether the run can be recorded under ``facts``."""
         blocked = facts.obstacle()

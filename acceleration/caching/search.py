@@ -2,17 +2,20 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 
 from ..errors import StrettoError
 from ..quality import psnr, ssim
 from .calibration import Candidate, bisect_quality, choose_for_speed, distinct_masks, frontier, speed
+from .fit_search import FIRST, LAST, LATENESS, FitPrediction
+from .fitting import FittedWeights
 from .masks import Mask, strip
 from .policy import Rails
-from .prediction import interpolate_amplification, mask_error, measured_amplification, pair_errors
+from .prediction import interpolate_amplification, measured_amplification, pair_errors
 from .profile import Profile
 
 PSNR, SSIM, SPEED = "psnr", "ssim", "speed"
@@ -25,7 +28,11 @@ MOST_SKIPS = 6
 SPEED_TRIES = 6
 #: Longest run whose amplification is worth probing.
 PROBE_STEPS = 60
-ORDERS = {"reuse": 0, "line": 1}
+FITTED = "fitted"
+#: What may stand in for a skipped step, and the order of its polynomial where it is one.
+ORDERS = {FITTED: None, "line": 1, "reuse": 0}
+#: A forecast of the network's output runs nothing at all: the engine and the sampler remain.
+FITTED_COST = 0.02
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,16 @@ class Run:
 
     picture: torch.Tensor
     seconds: float
+
+
+class Fitter(Protocol):
+    """Fits forecast weights to the model by real runs with the profile's seed."""
+
+    def prediction(self) -> FitPrediction:
+        """Return what one plain run and :data:`~.fit_search.LATENESS` fitted ones predict of every mask."""
+
+    def fit(self, mask: Mask) -> FittedWeights:
+        """Return the weights of a mask's skipped steps, from one run."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,8 @@ class Choice:
         frontier: candidates that no other beats, most computed first.
         tried: every mask that was run.
         runs: number of real runs, plain ones and probes included.
+        settings: of the cache that does what was measured.
+        cost: of a skipped evaluation relative to a computed one.
     """
 
     measured: Measured
@@ -76,6 +95,8 @@ class Choice:
     frontier: tuple[Candidate, ...]
     tried: tuple[Measured, ...]
     runs: int
+    settings: Mapping[str, Any]
+    cost: float
 
 
 @dataclass
@@ -84,26 +105,32 @@ class Search:
 
     Args:
         profile: the recorded run.
-        run: (mask, None for plain; order of the forecast; index of the seed, 0 for the profile's) -> :class:`Run`.
-        forecaster: ``"line"`` or ``"reuse"``.
+        run: (settings of the cache, None for plain; index of the seed, 0 for the profile's) -> :class:`Run`.
+        forecaster: a key of :data:`ORDERS`.
         seeds: how many seeds every mask is run with.
         pictures: whether runs give pictures in 0..1, or latents.
-        probes: single-step runs that measure how much an error at one step changes the result; 0 for the prior.
+        probes: single-step runs that measure how much an error at one step changes the result; 0 for the prior. Fitted
+            forecasts need none.
+        fitter: what fits the weights of ``"fitted"``.
     """
 
     profile: Profile
-    run: Callable[[Mask | None, int, int], Run]
+    run: Callable[[Mapping[str, Any] | None, int], Run]
     forecaster: str = "line"
     seeds: int = 1
     pictures: bool = False
     probes: int = 5
+    fitter: Fitter | None = None
     runs: int = 0
     tried: dict[Mask, Measured] = field(default_factory=dict)
+    _settings: dict[Mask, dict[str, Any]] = field(default_factory=dict)
     _plain: list[Run] = field(default_factory=list)
 
     def expected_runs(self) -> int:
         """Return about how many real runs :meth:`choose` takes."""
-        return self.seeds + len(self._probed()) + self.seeds * (math.ceil(math.log2(max(self.profile.steps, 2))) + 1)
+        tries = math.ceil(math.log2(max(self.profile.steps, 2))) + 1
+        fits = tries + 1 + len(LATENESS) if self.forecaster == FITTED else 0
+        return self.seeds + len(self._probed()) + self.seeds * tries + fits
 
     def choose(self, kind: str, target: float) -> Choice:
         """Return the choice for ``"psnr"``, ``"ssim"`` or ``"speed"`` of at least ``target``.
@@ -118,21 +145,21 @@ class Search:
                 f"a run of {self.profile.steps} steps has nothing to skip: the first two and the last are always computed, "
                 "and 5 steps are the least"
             )
-        self._plain = [self._go(None, 0, seed) for seed in range(self.seeds)]
-        self._probe()
-        candidates = distinct_masks(self.profile, RAILS, self.forecaster, MOST_SKIPS)
-        ordered = [candidate for candidate in frontier(candidates) if not all(candidate.mask)]
+        self._plain = [self._go(None, seed) for seed in range(self.seeds)]
+        ordered = [candidate for candidate in frontier(self._candidates()) if not all(candidate.mask)]
         if not ordered:
             raise StrettoError(f"no mask of {self.profile.steps} steps skips anything")
         found = self._fast(ordered, target) if kind == SPEED else self._close(ordered, kind, target)
+        tried, settings = tuple(self.tried.values()), self._settings[found.mask]
         return Choice(
-            self.tried[found.mask], found, self.profile, tuple(ordered), tuple(self.tried.values()), self.runs
+            self.tried[found.mask], found, self.profile, tuple(ordered), tried, self.runs, settings, self._cost()
         )
 
     def measure(self, mask: Mask) -> Measured:
         """Run a mask with every seed, once; later calls answer from memory."""
         if mask not in self.tried:
-            runs = [self._go(mask, ORDERS[self.forecaster], seed) for seed in range(self.seeds)]
+            settings = self._settings[mask] = self._settings_of(mask)
+            runs = [self._go(settings, seed) for seed in range(self.seeds)]
             pairs = list(zip(runs, self._plain, strict=True))
             peak = 1.0 if self.pictures else None
             self.tried[mask] = Measured(
@@ -142,6 +169,28 @@ class Search:
                 tuple(plain.seconds / run.seconds for run, plain in pairs),
             )
         return self.tried[mask]
+
+    def _candidates(self) -> list[Candidate]:
+        """Return masks with their predicted errors, of every number of computed steps."""
+        if self.forecaster != FITTED:
+            self._probe()
+            return distinct_masks(self.profile, RAILS, self.forecaster, MOST_SKIPS)
+        self.runs += 1 + len(LATENESS)
+        prediction, least = self.fitter.prediction(), FIRST + LAST
+        sizes = range(self.profile.steps - 1, max(least, self.profile.steps // (MOST_SKIPS + 1)) - 1, -1)
+        masks = prediction.best_masks(sizes)
+        return [Candidate(mask, math.sqrt(float(prediction.errors(mask).mean())), "fitted") for mask in masks]
+
+    def _settings_of(self, mask: Mask) -> dict[str, Any]:
+        """Return the settings of a cache that runs a mask; fitting its weights takes a run."""
+        rails = {"warmup": 0, "tail": 0}
+        if self.forecaster != FITTED:
+            return {"method": "Schedule", "mask": strip(mask), "order": ORDERS[self.forecaster], **rails}
+        self.runs += 1
+        return {"method": "Fitted", **self.fitter.fit(mask).to_settings(), **rails}
+
+    def _cost(self) -> float:
+        return FITTED_COST if self.forecaster == FITTED else self.profile.skipped_cost
 
     def _close(self, ordered: Sequence[Candidate], kind: str, target: float) -> Candidate:
         found = bisect_quality(ordered, lambda mask: self.measure(mask).median(kind), target)
@@ -155,7 +204,7 @@ class Search:
         )
 
     def _fast(self, ordered: Sequence[Candidate], target: float) -> Candidate:
-        steps, cost = self.profile.steps, self.profile.skipped_cost
+        steps, cost = self.profile.steps, self._cost()
         chosen = choose_for_speed(ordered, target, cost) or ordered[-1]
         for candidate in ordered[ordered.index(chosen) :][:SPEED_TRIES]:
             if self.measure(candidate.mask).median(SPEED) >= target:
@@ -172,14 +221,14 @@ class Search:
     def _has_ssim(self) -> bool:
         return self.pictures and min(self._plain[0].picture.shape[1:3]) >= 11
 
-    def _go(self, mask: Mask | None, order: int, seed: int) -> Run:
+    def _go(self, settings: Mapping[str, Any] | None, seed: int) -> Run:
         self.runs += 1
-        return self.run(mask, order, seed)
+        return self.run(settings, seed)
 
     def _probed(self) -> tuple[int, ...]:
         """Return the steps to probe: more of them early, where the amplification falls fastest."""
         steps = self.profile.steps
-        if steps > PROBE_STEPS or not self.probes:
+        if steps > PROBE_STEPS or not self.probes or self.forecaster == FITTED:
             return ()
         at = (((i + 0.5) / self.probes) ** 1.5 for i in range(self.probes))
         return tuple(sorted({min(max(round(share * steps), 1), steps - 1) for share in at}))
@@ -196,28 +245,29 @@ class Search:
         steps, plain = self.profile.steps, self._plain[0].picture.double()
         final = {}
         for step in probed:
-            mask = tuple(index != step for index in range(steps))
-            final[step] = float((self._go(mask, 0, 0).picture.double() - plain).norm())
+            alone = {"method": "Schedule", "mask": strip(index != step for index in range(steps)), "order": 0}
+            run = self._go({**alone, "warmup": 0, "tail": 0}, 0)
+            final[step] = float((run.picture.double() - plain).norm())
         errors = pair_errors(self.profile)
         changes = [0.0, *(float(errors[step - 1, step]) for step in range(1, steps))]
         factors = measured_amplification(final, self.profile.sigmas, changes)
         self.profile = replace(self.profile, amplification=interpolate_amplification(factors, steps))
 
 
-def predicted_quality(choice: Choice, kind: str, forecaster: str) -> list[tuple[float, float]]:
+def predicted_quality(choice: Choice, kind: str) -> list[tuple[float, float]]:
     """Return (speed-up, quality) of every candidate of the frontier as the profile predicts them, for drawing.
 
     PSNR falls by 20 dB when the error grows tenfold, and 1 - SSIM grows with its square; the level is the median of what
     the measured masks say.
     """
-    steps, cost = choice.profile.steps, choice.profile.skipped_cost
+    steps, errors = choice.profile.steps, {candidate.mask: candidate.error for candidate in choice.frontier}
 
     def level(error: float) -> float:
         return 20.0 * math.log10(max(error, 1e-30))
 
     offsets = []
     for measured in choice.tried:
-        error, value = mask_error(choice.profile, measured.mask, forecaster), measured.median(kind)
+        error, value = errors[measured.mask], measured.median(kind)
         quality = value if kind == PSNR else -10.0 * math.log10(max(1.0 - value, 1e-12))
         if math.isfinite(quality) and error > 0:
             offsets.append(quality + level(error))
@@ -228,5 +278,5 @@ def predicted_quality(choice: Choice, kind: str, forecaster: str) -> list[tuple[
         if candidate.error > 0:
             decibels = offset - level(candidate.error)
             quality = decibels if kind == PSNR else 1.0 - 10.0 ** (-decibels / 10.0)
-            points.append((speed(candidate.computed, steps, cost), quality))
+            points.append((speed(candidate.computed, steps, choice.cost), quality))
     return points

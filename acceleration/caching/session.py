@@ -11,8 +11,8 @@ from ..evaluation import COMPUTED, FORECAST, REUSED, Call, Evaluation
 from ..models import BlockSite, ModelDescriptor
 from ..sampling import Coordinate
 from .decision import Decision, deciding_branch
-from .store import SnapshotStore
-from .tap import BLOCKS, DELTA, Tap
+from .store import History, SnapshotStore
+from .tap import BLOCKS, DELTA, DENOISED, Tap
 
 Weights = Callable[[Sequence[float], float], list[float]]
 
@@ -63,7 +63,7 @@ class CacheSession:
         if not call.evaluation.pending or not call.skippable:
             self._decide(call)
         if call.decisions and call.decisions[0] != COMPUTED and self.tap.kind != BLOCKS:
-            return call.to_denoised(self._forecast_output(call))
+            return self._forecast_denoised(call)
         denoised = compute()  # on a skipped step the blocks do the skipping; embeddings and head run as ever
         if not call.decisions or call.decisions[0] == COMPUTED:
             call.decisions = (COMPUTED,) * len(call.branches)
@@ -93,9 +93,9 @@ class CacheSession:
         probe = self.decision.probe if call.evaluation.pending else None
         if probe is not None and site.depth == 0:
             if probe.blocks == 0:
-                self._measure(call, self.descriptor.tea_input(self.network, args))
+                self._measure(call, self._shown(call, self.descriptor.tea_input(self.network, args)))
             elif not probe.raw:
-                call.scratch["start"] = args["img"][:, image].clone()
+                call.scratch["start"] = self._shown(call, args["img"][:, image]).clone()
         if not self.tap.first <= site.depth < self.tap.last:
             out = original(args)
         elif call.decisions and call.decisions[0] != COMPUTED:
@@ -103,8 +103,7 @@ class CacheSession:
         else:
             out = self._observe(call, site, args, original, image)
         if probe is not None and site.depth == probe.blocks - 1:
-            yielded = out["img"][:, image]
-            self._measure(call, yielded if probe.raw else yielded - call.scratch.pop("start"))
+            self._measure(call, self._shown(call, out["img"][:, image]), call.scratch.pop("start", None))
         return out
 
     def reset(self) -> None:
@@ -124,15 +123,21 @@ class CacheSession:
         else:
             call.decisions = (COMPUTED,) * len(call.branches)
 
-    def _measure(self, call: Call, tensor: torch.Tensor) -> None:
-        """Let the probe look at the deciding branch's target tokens, and decide."""
-        index, at = deciding_branch(call), self.coordinate(call.evaluation)
-        target = self.descriptor.target_slice(self.network, call.network_input.shape, tensor.shape[1])
-        key, seen = call.branches[index].key, call.part(tensor, index)[:, target]
-        self.decision.settle(call.evaluation, self.decision.probe.measure(key, seen, at))
+    def _shown(self, call: Call, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the deciding branch's target tokens of a stream [B, N, C]."""
+        return call.part(tensor, deciding_branch(call))[:, self._target(call, tensor)]
+
+    def _target(self, call: Call, tensor: torch.Tensor) -> slice:
+        """Return where the target's tokens are: reference pictures hardly change and would dilute a signal."""
+        return self.descriptor.target_slice(self.network, call.network_input.shape, tensor.shape[1])
+
+    def _measure(self, call: Call, seen: torch.Tensor, start: torch.Tensor | None = None) -> None:
+        """Let the probe look, and decide."""
+        key, at = call.branches[deciding_branch(call)].key, self.coordinate(call.evaluation)
+        self.decision.settle(call.evaluation, self.decision.probe.measure(key, seen, at, start))
         self._decide(call)
         if call.decisions[0] == COMPUTED:
-            self.decision.probe.computed(key, seen, at)
+            self.decision.probe.computed(key, seen, at, start)
 
     def _learn(self, call: Call, denoised: torch.Tensor) -> None:
         """Store what lies outside the blocks, and let the decision learn."""
@@ -143,11 +148,13 @@ class CacheSession:
                 made.append(call.to_prediction(denoised))
             return made[0]
 
-        if self.tap.kind != BLOCKS:
+        if self.tap.kind == DENOISED:
+            self._push(call, denoised.float() - _latent(call))
+        elif self.tap.kind != BLOCKS:
             taken = prediction().float()
             self._push(call, taken - call.network_input.float() if self.tap.kind == DELTA else taken)
         if call.skippable:
-            self.decision.computed(call, prediction)
+            self.decision.computed(call, (lambda: denoised) if self.tap.kind == DENOISED else prediction)
 
     def _observe(self, call: Call, site: BlockSite, args: dict, original: Callable[[dict], dict], image: slice) -> dict:
         """Run a block of the range, and take the range's features where it ends."""
@@ -200,13 +207,27 @@ class CacheSession:
     def _push(self, call: Call, tensor: torch.Tensor, slot: str = "") -> None:
         if not call.skippable:
             return  # such a call will never read it
+        if not slot and self.decision.drift is not None:
+            self._compare(call, tensor)
         at = self.coordinate(call.evaluation)
         for index, branch in enumerate(call.branches):
             self.store.push((branch.key, slot) if slot else branch.key, at, call.part(tensor, index))
 
+    def _compare(self, call: Call, tensor: torch.Tensor) -> None:
+        """Show the decision what the deciding branch is about to store, and what it stored last."""
+        index = deciding_branch(call)
+        feature, history = call.part(tensor, index), self.store.get(call.branches[index].key)
+        target = self._target(call, tensor) if self.tap.kind == BLOCKS else slice(None)
+        before = None if history is None else history.tensors[0][:, target]
+        self.decision.stored(call, feature[:, target], before)
+
+    def _weights(self, history: History, at: float) -> Sequence[float]:
+        """Weights over a branch's snapshots: what was measured says, where it does and they reach that far back."""
+        told, known = self.decision.weights, len(history.positions)
+        return told if told is not None and len(told) <= known else self.weights(list(history.positions), at)
+
     def _kind(self, call: Call, key: object) -> str:
-        history = self.store.get(key)
-        weights = self.weights(list(history.positions), self.coordinate(call.evaluation))
+        weights = self._weights(self.store.get(key), self.coordinate(call.evaluation))
         return FORECAST if any(weights[1:]) else REUSED
 
     def _forecast_all(self, call: Call, slot: str = "") -> torch.Tensor:
@@ -214,13 +235,21 @@ class CacheSession:
         parts = []
         for branch in call.branches:
             history = self.store.get((branch.key, slot) if slot else branch.key)
-            weights = self.weights(list(history.positions), at)
-            parts.append(weighted_sum(list(history.tensors)[: len(weights)], weights))
+            weights = self._weights(history, at)
+            parts.append(weighted_sum([history.tensors[index] for index in range(len(weights))], weights))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _forecast_output(self, call: Call) -> torch.Tensor:
+    def _forecast_denoised(self, call: Call) -> torch.Tensor:
+        """Return the denoised latent from a forecast of what lies outside the blocks."""
         forecast = self._forecast_all(call)
-        return forecast + call.network_input.float() if self.tap.kind == DELTA else forecast
+        if self.tap.kind == DENOISED:
+            return forecast + _latent(call)
+        return call.to_denoised(forecast + call.network_input.float() if self.tap.kind == DELTA else forecast)
+
+
+def _latent(call: Call) -> torch.Tensor:
+    """Return what remains when the network predicts nothing: the latent itself, for flow and epsilon models."""
+    return call.to_denoised(torch.zeros_like(call.network_input, dtype=torch.float32))
 
 
 def _split(stream: torch.Tensor, image: slice) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,81 +1,107 @@
-"""Tables of blocks per step, as the resolver sees them."""
+"""Tables of blocks, or of modules inside them, per step, as the resolver sees them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import StrettoError
-from ..facts import ACTIVE, OFF, Facts, Outcome
+from ..facts import OFF, Facts, Outcome
+from ..models import MODULE_NAMES
 from ..plan import Request
 from .masks import Table
-from .store import SnapshotStore
-from .table_session import TableSession
+from .table_run import MOST_ORDER, TABLE_FORECASTERS, Terms, run_table
 from .technique import MEMORY_SHARE
 
-#: Stands between the steps of a table written as text.
-BETWEEN = "/"
+#: Stand between the steps, and between the blocks of a step, of a table written as text.
+BETWEEN, BETWEEN_BLOCKS = "/", ","
+_NODE = "Stretto Cache Schedule"
 
 
 @dataclass(frozen=True)
 class TableTechnique:
-    """Reuse single blocks at the steps that a table names."""
+    """Reuse single blocks, or reuse or forecast single modules, at the steps that a table names.
+
+    Settings: ``rows``, the table as text (:func:`table_settings`); and for a table of modules also ``modules``, their
+    names, ``forecaster``, one of :data:`~.table_run.TABLE_FORECASTERS`, and ``order``, its degree.
+    """
 
     name: str = "table"
     exclusive_with: frozenset[str] = frozenset({"cache", "table", "profile"})
 
     def label(self, request: Request) -> str:
         """Return what a user calls this request."""
-        return "Stretto Cache Schedule (table)"
+        return f"{_NODE} (table)"
 
     def validate(self, request: Request) -> None:
-        """Raise :class:`~..errors.StrettoError` unless the settings hold a table of whole blocks."""
-        if set(request.settings) != {"rows"} or not isinstance(request.settings["rows"], str):
-            found = dict(request.settings)
-            raise StrettoError(f"Stretto Cache Schedule: settings are {found!r:.80}; expected rows alone, as text")
-        _table(request, "Stretto Cache Schedule")
+        """Raise :class:`~..errors.StrettoError` unless the settings hold a table."""
+        settings = request.settings
+        allowed = {"rows", "modules", "forecaster", "order"} if settings.get("modules") else {"rows"}
+        unknown = sorted(set(settings) - allowed)
+        if unknown or not isinstance(settings.get("rows"), str):
+            raise StrettoError(
+                f"{_NODE}: settings are {dict(settings)!r:.80}; expected rows as text, and for a table of modules "
+                "modules, forecaster and order"
+            )
+        table_of(settings)
+        forecaster, order = settings.get("forecaster", "reuse"), settings.get("order", 0)
+        if forecaster not in TABLE_FORECASTERS:
+            raise StrettoError(
+                f"{_NODE}: forecaster is {forecaster!r}; known forecasters: {', '.join(TABLE_FORECASTERS)}"
+            )
+        if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= MOST_ORDER:
+            raise StrettoError(f"{_NODE}: order is {order!r}; it must be a whole number in [0, {MOST_ORDER}]")
+
+    def inside_blocks(self, request: Request) -> bool:
+        """Return whether the table names modules."""
+        return bool(request.settings.get("modules"))
 
     def resolve(self, request: Request, facts: Facts) -> Outcome:
         """Return whether the table fits under ``facts``."""
         blocked = facts.obstacle()
         if blocked:
             return Outcome(self.name, OFF, blocked)
-        if not facts.descriptor.has_blocks:
-            return Outcome(self.name, OFF, f"{facts.descriptor.no_blocks}: a table has nothing to act on")
-        table = _table(request, "table")
-        try:
-            table.require_shape(len(facts.descriptor.sites(facts.network)), facts.schedule.steps, "the table")
-        except StrettoError as error:
-            return Outcome(self.name, OFF, str(error))
-        if table.computed_share == 1.0 and not request.force:
-            return Outcome(self.name, OFF, "the table computes every block at every step: nothing to skip")
-        ever_skipped = sum(not all(column) for column in zip(*table.rows, strict=True))
-        needed = facts.snapshot_bytes("blocks") * ever_skipped
-        budget = int(facts.free_bytes * MEMORY_SHARE)
-        if needed > budget and not request.force:
-            reason = f"stored residuals would take {needed / 2**20:.0f} MiB, {budget / 2**20:.0f} MiB may be used"
-            return Outcome(self.name, OFF, reason)
-        session = TableSession(table, SnapshotStore(1, budget), facts.descriptor)
-        reason = f"{table.computed_share:.0%} of all blocks are computed, over {table.steps} steps"
-        return Outcome(self.name, ACTIVE, reason, session=session, needs_blocks=True, reserve_bytes=needed)
+        settings = request.settings
+        terms = Terms(
+            self.name,
+            MEMORY_SHARE,
+            settings.get("forecaster", "reuse"),
+            settings.get("order", 0),
+            force=request.force,
+        )
+        return run_table(table_of(settings), facts, terms)
 
 
-def _table(request: Request, source: str) -> Table:
-    return Table.from_json({"computed": request.settings["rows"].split(BETWEEN)}, source)
+def table_settings(table: Table, source: str = "table") -> dict[str, Any]:
+    """Return a table as a request's settings carry it.
 
-
-def block_rows(table: Table, source: str = "table") -> str:
-    """Return a table as a request's settings carry it: one mask a step, with :data:`BETWEEN` between them.
+    ``rows`` is one mask a step with :data:`BETWEEN` between them. For a table of modules it is one mask a block, with
+    :data:`BETWEEN_BLOCKS` between them, and ``modules`` lists their names.
 
     Raises:
-        StrettoError: the modules of a block disagree at some step.
+        StrettoError: the table names modules that no family has.
     """
     rows: Any = table.to_json()["computed"]
     if not table.modules:
-        return BETWEEN.join(rows)
-    for step, row in enumerate(table.rows):
-        for block, cell in enumerate(row):
-            if any(cell) != all(cell):
-                raise StrettoError(
-                    f"{source}: at step {step} block {block} computes some of its modules ({', '.join(table.modules)}) and "
-                    "skips others; module level is not supported yet, only whole blocks"
-                )
-    return BETWEEN.join("".join(cell[0] for cell in row) for row in rows)
+        return {"rows": BETWEEN.join(rows)}
+    unknown = [name for name in table.modules if name not in MODULE_NAMES]
+    if unknown:
+        raise StrettoError(
+            f'{source}: modules has {unknown[0]!r}; known modules: {", ".join(MODULE_NAMES)}. Name them as '
+            '{"modules": ["attn", "mlp"], "computed": [...]}'
+        )
+    text = BETWEEN.join(BETWEEN_BLOCKS.join(row) for row in rows)
+    return {"rows": text, "modules": BETWEEN_BLOCKS.join(table.modules)}
+
+
+def table_of(settings: Mapping[str, Any], source: str = _NODE) -> Table:
+    """Inverse of :func:`table_settings`; raises :class:`~..errors.StrettoError` for anything else."""
+    steps: Any = settings["rows"].split(BETWEEN)
+    names = settings.get("modules", "")
+    if not isinstance(names, str):
+        raise StrettoError(f"{source}: modules is {names!r}; expected names with {BETWEEN_BLOCKS!r} between them")
+    if not names:
+        return Table.from_json({"computed": steps}, source)
+    rows = [step.split(BETWEEN_BLOCKS) for step in steps]
+    table = Table.from_json({"modules": names.split(BETWEEN_BLOCKS), "computed": rows}, source)
+    table_settings(table, source)
+    return table

@@ -26,11 +26,13 @@ class TableSession:
         table: which blocks are computed at each step.
         store: residuals, one per branch, block and stream.
         descriptor: the network's family.
+        keep_all: store what no step will use, too (exactness tests).
     """
 
     table: Table
     store: SnapshotStore
     descriptor: ModelDescriptor
+    keep_all: bool = False
 
     @property
     def bytes(self) -> int:
@@ -45,7 +47,7 @@ class TableSession:
     def begin(self, evaluation: Evaluation) -> None:
         """Say what the table wants."""
         row = self.table.rows[evaluation.step]
-        evaluation.skip = not all(row)
+        evaluation.skip, evaluation.computed_share = not all(row), sum(row) / len(row)
         evaluation.reason = f"{sum(row)} of {len(row)} blocks by the table"
 
     def network_call(self, call: Call, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -94,7 +96,7 @@ class TableSession:
 
     def _wanted_later(self, step: int, depth: int) -> bool:
         """Whether the step after ``step`` reuses the block: nothing else needs to be kept."""
-        return step + 1 < self.table.steps and not self.table.computed(step + 1, depth)
+        return self.keep_all or (step + 1 < self.table.steps and not self.table.computed(step + 1, depth))
 
     def _keep(self, call: Call, site: BlockSite, stream: str, residual: torch.Tensor) -> None:
         for index, branch in enumerate(call.branches):

@@ -6,18 +6,21 @@ from ..errors import StrettoError
 from ..facts import ACTIVE, OFF, REDUCED, Facts, Outcome
 from ..plan import Request
 from ..sampling import coordinate_of
-from .decision import AccumulatePolicy, Decision, MaskPolicy, Policy, ThresholdPolicy
+from .budget import budget_for
+from .decision import AccumulatePolicy, CodebookPolicy, Decision, MaskPolicy, Policy, ThresholdPolicy
+from .fitting import FittedWeights
 from .forecast import FORECASTERS
-from .indicator import TransformRate
-from .lookup import effective, magnitude_curve, tea_polynomial
-from .magnitude import magnitude_mask
+from .indicator import FeatureDrift, TransformRate
+from .lookup import effective, look_alike, magnitude_curve, tea_polynomial
+from .magnitude import MagnitudeCurve, magnitude_mask
 from .masks import growing_mask, parse_mask, scm_mask, stretch, strip
 from .methods import AS_SET, METHODS, CacheSettings, Method
-from .policy import Accumulator, Rails, interval_mask, limit_skips
-from .probe import ForecastError, Probe, RelativeChange
+from .named_tables import OF_MODULES, run_named
+from .policy import Accumulator, Codebook, Rails, interval_mask, limit_skips
+from .probe import ForecastError, Probe, RelativeChange, Trajectory, elementwise_l1, relative_l1
 from .session import CacheSession, Weights
-from .store import SnapshotStore
-from .tap import BLOCKS, DELTA, OUTPUT
+from .store import POLICIES, SnapshotStore
+from .tap import BLOCKS, DELTA, OUTPUT, TABLE
 
 #: Share of the free device memory that stored features may take.
 MEMORY_SHARE = 0.5
@@ -25,8 +28,8 @@ MEMORY_SHARE = 0.5
 MOST_SKIPS = 4
 #: Settings that forecasters take; each ignores what means nothing to it.
 FORECAST_SETTINGS = ("order", "damping", "degree", "ridge", "snapshots", "blend")
-#: Spectrum's first window: skips between computed steps start at one (arXiv 2603.01623).
-FIRST_WINDOW = 2.0
+#: The sampler whose steps the weights of "Fitted" make up for.
+FITTED_SAMPLER = "euler"
 
 
 class NotHere(Exception):
@@ -49,6 +52,16 @@ class CacheTechnique:
         settings = CacheSettings.from_mapping(request.settings)
         if settings.method == "Schedule" and settings.preset == AS_SET:
             parse_mask(settings.mask)
+        if settings.method == "Fitted" and settings.preset == AS_SET:
+            _fitted_weights(settings)
+        if settings.codebook:
+            Codebook.parse(settings.codebook)
+        if settings.curve:
+            MagnitudeCurve.from_text(settings.curve)
+
+    def inside_blocks(self, request: Request) -> bool:
+        """Return whether the method acts on modules inside blocks."""
+        return request.settings.get("method") in OF_MODULES
 
     def resolve(self, request: Request, facts: Facts) -> Outcome:
         """Return whether and how the cache runs under ``facts``."""
@@ -56,17 +69,15 @@ class CacheTechnique:
         blocked = facts.obstacle()
         if blocked:
             return Outcome(self.name, OFF, blocked)
-        if settings.family and settings.family != facts.descriptor.family:
-            raise StrettoError(
-                f"Stretto Cache: the preset was calibrated for {settings.family}, this model is {facts.descriptor.family}; "
-                "calibrate one for it"
-            )
+        _check_model(settings, facts)
         notes: list[str] = []
         settings, origin = effective(settings, facts.descriptor.family, facts.variant, facts.schedule.steps)
-        method = _fitting(METHODS[settings.method], facts, notes)
-        reduced = bool(notes)
         forced = frozenset({settings.forced}) - {-1}
         rails = Rails(settings.warmup, settings.tail, request.interval, forced)
+        if METHODS[settings.method].tap == TABLE:
+            return run_named(METHODS[settings.method], settings, rails, facts, request.force, origin, MEMORY_SHARE)
+        method = _fitting(METHODS[settings.method], facts, notes)
+        reduced = bool(notes)
         try:
             plan = _plan(method, settings, rails, facts, notes)
         except NotHere as reason:
@@ -76,21 +87,23 @@ class CacheTechnique:
         if idle and not request.force:
             return Outcome(self.name, OFF, idle)
         tap = method.place(settings, len(facts.descriptor.sites(facts.network)))
-        if tap.kind == BLOCKS and not 0 <= tap.first < tap.last:
+        front = max(tap.first, plan.probe.blocks if plan.probe else 0)
+        if tap.kind == BLOCKS and not 0 <= front < tap.last:
             count = len(facts.descriptor.sites(facts.network))
-            return Outcome(self.name, OFF, f"{tap.first} + {count - tap.last} blocks always run, the model has {count}")
-        damped = method.forecaster == "newton" and settings.order == 1 and settings.damping < 1.0
-        forecast = FORECASTERS["line" if damped else method.forecaster]
-        arguments = {name: getattr(settings, name) for name in FORECAST_SETTINGS}
-        depth, weights = forecast.depth(**arguments), _bind(forecast.weights, steps, arguments)
+            return Outcome(self.name, OFF, f"{front} + {count - tap.last} blocks always run, the model has {count}")
+        depth, weights, fallback = _forecaster(method, settings, facts)
+        if fallback:
+            reduced = True
+            notes.append(fallback)
         if facts.sampler.stochastic and depth > 1:
             depth, weights, reduced = 1, _reuse, True
             notes.append(f"{facts.sampler.name} adds fresh noise each step: forecasting falls back to reuse")
-        needed = facts.snapshot_bytes(tap.kind) * min(depth, steps)
-        budget = int(facts.free_bytes * MEMORY_SHARE)
-        if needed > budget and not request.force:
-            reason = f"stored features would take {needed / 2**20:.0f} MiB, {budget / 2**20:.0f} MiB may be used"
-            return Outcome(self.name, OFF, reason)
+        if settings.store not in POLICIES:
+            return Outcome(self.name, OFF, f"this version of torch has no numbers for store = {settings.store}")
+        budget = budget_for(facts, tap.kind, min(depth, steps), settings.store, MEMORY_SHARE)
+        memory = {"store_bytes": budget.needed, "budget_bytes": budget.allowed}
+        if not budget.fits and not request.force:
+            return Outcome(self.name, OFF, budget.refusal(), **memory)
         if not facts.sampler.single_call:
             notes.append(
                 f"{facts.sampler.name} evaluates more than once a step: evaluations of a step share a decision"
@@ -98,14 +111,13 @@ class CacheTechnique:
         session = CacheSession(
             tap,
             weights,
-            Decision(rails, steps, plan.policy, plan.rate, plan.probe, settings.max_skips),
-            SnapshotStore(depth, budget),
+            Decision(rails, steps, plan.policy, plan.rate, plan.probe, settings.max_skips, plan.drift),
+            SnapshotStore(depth, budget.allowed, budget.policy),
             facts.network,
             facts.descriptor,
             coordinate_of(settings.coordinate),
         )
-        if origin:
-            notes.insert(0, origin)
+        notes = [*filter(None, (origin, look_alike(settings, facts.descriptor.family, facts.variant))), *notes]
         notes.insert(0, _headline(settings.method, plan.mask, rails, steps))
         return Outcome(
             self.name,
@@ -113,7 +125,8 @@ class CacheTechnique:
             "; ".join(notes),
             session=session,
             needs_blocks=tap.kind == BLOCKS,
-            reserve_bytes=needed,
+            reserve_bytes=budget.reserve,
+            **memory,
         )
 
 
@@ -125,13 +138,29 @@ class _Plan:
     mask: tuple[bool, ...] | None = None
     rate: TransformRate | None = None
     probe: Probe | None = None
+    drift: FeatureDrift | None = None
+
+
+def _check_model(settings: CacheSettings, facts: Facts) -> None:
+    """Raise StrettoError unless settings that belong to a model belong to this one."""
+    if settings.family and settings.family != facts.descriptor.family:
+        raise StrettoError(
+            f"Stretto Cache: {settings.origin or 'family'}: the preset was calibrated for {settings.family}, this model is "
+            f"{facts.descriptor.family}; calibrate one for it"
+        )
+    if settings.variant and settings.variant != facts.variant:
+        this = facts.variant or "a model with sizes of its own"
+        raise StrettoError(
+            f"Stretto Cache: {settings.origin or 'settings'}: variant is {settings.variant!r}; expected a preset of {this} "
+            f"({facts.descriptor.family}), which this model is"
+        )
 
 
 def _fitting(method: Method, facts: Facts, notes: list[str]) -> Method:
     """Return the form of ``method`` that this network's hooks allow."""
     if method.tap != BLOCKS or facts.descriptor.has_blocks:
         return method
-    if method.indicator in ("input", "residual", "forecast"):
+    if method.inside:
         return method  # _plan refuses it: there is nothing to look at
     kind = DELTA if method.residual or method.forecaster == "reuse" else OUTPUT
     what = "the change between input and output" if kind == DELTA else "the network's output"
@@ -148,6 +177,15 @@ def _plan(method: Method, settings: CacheSettings, rails: Rails, facts: Facts, n
         return _Plan(MaskPolicy(free), limit_skips(free, settings.max_skips) if settings.max_skips else free)
     if method.indicator == "rate":
         return _Plan(AccumulatePolicy(Accumulator(settings.threshold)), rate=TransformRate())
+    if method.indicator == "drift":
+        even = Codebook.even(settings.threshold, settings.interval)
+        codebook = Codebook.parse(settings.codebook) if settings.codebook else even
+        return _Plan(CodebookPolicy(codebook), drift=FeatureDrift())
+    return _inside(method, settings, facts, notes)
+
+
+def _inside(method: Method, settings: CacheSettings, facts: Facts, notes: list[str]) -> _Plan:
+    """Put policy and probe together, for a method that looks inside the network."""
     if not facts.descriptor.has_blocks:
         raise NotHere(
             f"{facts.descriptor.no_blocks}: {method.name} cannot look inside; EasyCache and Taylor can run here"
@@ -162,13 +200,24 @@ def _plan(method: Method, settings: CacheSettings, rails: Rails, facts: Facts, n
             notes.append("no polynomial is published for this model: the change itself is added up")
         policy = AccumulatePolicy(Accumulator(settings.threshold), polynomial)
         return _Plan(policy, probe=RelativeChange(0, previous=True))
+    if method.indicator == "trajectory":
+        return _Plan(AccumulatePolicy(Accumulator(settings.threshold)), probe=Trajectory(settings.first_blocks))
     front = settings.first_blocks if method.before is None else method.before
     if method.indicator == "residual":
         return _Plan(ThresholdPolicy(settings.threshold), probe=RelativeChange(front))
-    gate = FORECASTERS[method.forecaster]
-    order = 0 if facts.sampler.stochastic else settings.order
-    probe = ForecastError(front, gate.depth(order=order), _bind(gate.weights, steps, {"order": order}))
-    return _Plan(ThresholdPolicy(settings.threshold), probe=probe)
+    decay, floor = (settings.decay, settings.floor) if method.policy == "decaying" else (1.0, 0.0)
+    policy = ThresholdPolicy(settings.threshold, decay, floor, facts.schedule.steps)
+    return _Plan(policy, probe=_gate(method, settings, facts, front))
+
+
+def _gate(method: Method, settings: CacheSettings, facts: Facts, front: int) -> ForecastError:
+    """Return the probe that compares what the first blocks yield with a forecast of it."""
+    forecaster = FORECASTERS[method.forecaster]
+    order = settings.order if settings.probe_order < 0 else settings.probe_order
+    arguments = {"order": 0 if facts.sampler.stochastic else order}
+    forecast = _bind(forecaster.weights, facts.schedule.steps, arguments)
+    error = elementwise_l1 if method.indicator == "draft" else relative_l1
+    return ForecastError(front, forecaster.depth(**arguments), forecast, error)
 
 
 def _mask(method: Method, settings: CacheSettings, rails: Rails, facts: Facts, notes: list[str]):
@@ -177,9 +226,10 @@ def _mask(method: Method, settings: CacheSettings, rails: Rails, facts: Facts, n
     if method.policy == "interval":
         return interval_mask(steps, rails, settings.interval)
     if method.policy == "growing":
-        return growing_mask(steps, rails, FIRST_WINDOW, settings.growth)
+        return growing_mask(steps, rails, settings.window, settings.growth)
     if method.policy == "magnitude":
-        curve = magnitude_curve(facts.descriptor.family, facts.variant, steps)
+        published = None if settings.curve else magnitude_curve(facts.descriptor.family, facts.variant, steps)
+        curve = MagnitudeCurve.from_text(settings.curve) if settings.curve else published
         if curve is None:
             raise NotHere(
                 "no magnitude curve is known for this model: choose another method, or let Stretto Calibrate find a schedule"
@@ -192,12 +242,38 @@ def _mask(method: Method, settings: CacheSettings, rails: Rails, facts: Facts, n
         return (True,) * first + mask
     if method.policy == "mask" and method.name == "SCM":
         return scm_mask(settings.level, steps)
+    if method.name == "Fitted" and not settings.weights:
+        raise NotHere("no weights are known for this model at this number of steps: Stretto Calibrate finds them")
     if method.policy == "mask":
         given = parse_mask(settings.mask)
         if len(given) != steps:
             notes.append(f"the mask has {len(given)} steps, the run {steps}: it is stretched")
         return stretch(given, steps)
     return None
+
+
+def _forecaster(method: Method, settings: CacheSettings, facts: Facts) -> tuple[int, Weights, str]:
+    """Return how many snapshots the forecast takes, its weights, and why it is not the method's own ("" where it is)."""
+    steps, name, why = facts.schedule.steps, method.forecaster, ""
+    if name == "fitted":
+        fitted = _fitted_weights(settings)
+        same_run = fitted.belong_to(facts.schedule.sigmas)
+        if same_run and facts.sampler.name == FITTED_SAMPLER:
+            return fitted.depth, fitted, ""
+        what = f"with {FITTED_SAMPLER}" if same_run else "on other noise levels"
+        name, why = "newton", f"the weights were fitted {what}: straight lines stand in"
+    if name == "newton" and settings.order == 1 and settings.damping < 1.0:
+        name = "line"
+    arguments = {setting: getattr(settings, setting) for setting in FORECAST_SETTINGS}
+    return FORECASTERS[name].depth(**arguments), _bind(FORECASTERS[name].weights, steps, arguments), why
+
+
+def _fitted_weights(settings: CacheSettings) -> FittedWeights:
+    if not settings.weights:
+        raise StrettoError(
+            "Stretto Cache: method Fitted has no weights of its own; connect Stretto Calibrate, or choose a preset that has them"
+        )
+    return FittedWeights.from_settings(settings.mask, settings.weights, settings.sigmas)
 
 
 def _bind(function, steps: int, arguments: dict) -> Weights:
@@ -220,9 +296,11 @@ def _free_steps(steps: int, rails: Rails) -> int:
 
 def _idle_reason(method: Method, settings: CacheSettings, plan: _Plan, rails: Rails, steps: int) -> str | None:
     """Return why these settings would skip nothing, or None."""
-    if method.policy == "interval" and settings.interval == 1:
+    own_codebook = method.policy == "codebook" and bool(settings.codebook)
+    if method.policy in ("interval", "codebook") and settings.interval == 1 and not own_codebook:
         return "computing every step: nothing to skip"
-    if method.policy in ("accumulate", "threshold") and settings.threshold == 0:
+    gated = method.policy in ("accumulate", "threshold", "decaying", "codebook") and not own_codebook
+    if gated and settings.threshold == 0:
         return "threshold 0: nothing to skip"
     free = _free_steps(steps, rails)
     if free == 0 or (plan.mask is not None and all(plan.mask)):

@@ -19,7 +19,7 @@ import comfy.patcher_extension
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..compatibility import add_request
+from ..compatibility import add_request, inside_blocks
 from ..errors import ConflictError
 from ..evaluation import COMPUTED, Branch, Call, Evaluation
 from ..facts import Facts
@@ -30,6 +30,7 @@ from ..run import RunState
 from ..sampling import SamplerTraits, schedule_of, traits_of
 from ..trace import TraceBuilder
 from .comfy_device import clock_for, peak_memory, start_peak_memory, synchronize
+from .comfy_modules import layout, modules_in_place, reach_modules, skip_hollow_attention
 from .trace_store import TraceStore
 
 KEY = "stretto"
@@ -42,7 +43,7 @@ log = logging.getLogger("stretto")
 #: The one process-wide object: traces that outlive their run.
 TRACES = TraceStore()
 
-#: The network call in progress, for block hooks, whose arguments do not always carry options.
+#: The network call in progress, for hooks of blocks and modules, whose arguments do not always carry options.
 _CALL: ContextVar[Call | None] = ContextVar("stretto_call", default=None)
 
 
@@ -64,6 +65,8 @@ def request(model: Any, wanted: Request) -> Any:
     clone.model_options.setdefault("transformer_options", {})[PLAN_KEY] = plan
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
+    if inside_blocks(plan):
+        reach_modules(clone, _CALL.get)
     return clone
 
 
@@ -86,6 +89,8 @@ def _outer_sample(executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor
         _refuse_core_cache(before["transformer_options"])
     patcher = guider.model_patcher
     facts = _facts(guider, noise, sampler, sigmas, kwargs.get("latent_shapes"))
+    if inside_blocks(plan):
+        facts = replace(facts, modules_in_place=modules_in_place(patcher, facts.network, facts.descriptor))
     execution = resolve(plan, facts, _notes(before))
     options = comfy.model_patcher.create_model_options_clone(before)
     seed = kwargs.get("seed", args[7] if len(args) > 7 else None)
@@ -138,6 +143,7 @@ def _facts(guider: Any, noise: torch.Tensor, sampler: Any, sigmas: torch.Tensor,
         branches=1 if cfg == 1.0 and not guider.model_options.get("disable_cfg1_optimization") else 2,
         element_bytes=torch.empty((), dtype=dtype).element_size(),
         free_bytes=int(comfy.model_management.get_free_memory(patcher.load_device)),
+        free_system_bytes=int(comfy.model_management.get_free_memory(torch.device("cpu"))),
         nested=latent_shapes is not None and len(latent_shapes) > 1,
     )
 
@@ -206,6 +212,8 @@ def _install(options: dict[str, Any], run: RunState, facts: Facts, execution: Ex
     if not run.sessions:
         return
     hooks = _install_blocks(options, run) if execution.needs_blocks else {}
+    if execution.needs_modules:
+        skip_hollow_attention(options, _CALL.get)
     add(WrappersMP.APPLY_MODEL, KEY, _apply_model(run, hooks, facts), options, is_model_options=True)
     if execution.reserve_bytes:
         reserve = _prepare_sampling(execution.reserve_bytes)
@@ -322,6 +330,9 @@ def _apply_model(run: RunState, hooks: dict[tuple[str, int], _Hook], facts: Fact
             return denoised
 
         call = _make_call(run.evaluation, executor.class_obj, x, sigma, options, hooks, facts, _control(args, kwargs))
+        if run.inside_blocks:
+            call.layout = layout((x, args, sorted(kwargs.items())))
+            call.inside = run.module
         token = _CALL.set(call)
         try:
             denoised = run.network(call, compute)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.sample
+import comfy.samplers
 import comfy.utils
 import torch
 
@@ -54,10 +55,7 @@ class SamplingJob:
         model = self.model if model is None else model
         seed = self.seed if seed is None else seed
         steps = self.steps if steps is None else steps
-        # Newer ComfyUI notes in an empty latent how much smaller than the picture it is.
-        scale = [self.latent["downscale_ratio_spacial"]] if "downscale_ratio_spacial" in self.latent else []
-        latent = comfy.sample.fix_empty_latent_channels(model, self.latent["samples"], *scale)
-        noise = comfy.sample.prepare_noise(latent, seed, self.latent.get("batch_index"))
+        latent, noise = self._start(model, seed)
         quiet = callback is not None or not comfy.utils.PROGRESS_BAR_ENABLED
         return comfy.sample.sample(
             model,
@@ -75,6 +73,46 @@ class SamplingJob:
             disable_pbar=quiet,
             seed=seed,
         )
+
+    def run_with(self, function: Callable[..., torch.Tensor], callback: Callback) -> torch.Tensor:
+        """Sample with a sampler function of ours in the place of the job's sampler, over the same noise levels."""
+        latent, noise = self._start(self.model, self.seed)
+        return comfy.sample.sample_custom(
+            self.model,
+            noise,
+            self.cfg,
+            comfy.samplers.KSAMPLER(function),
+            self.sigmas(),
+            self.positive,
+            self.negative,
+            latent,
+            noise_mask=self.latent.get("noise_mask"),
+            callback=callback,
+            disable_pbar=True,
+            seed=self.seed,
+        )
+
+    def sigmas(self) -> torch.Tensor:
+        """Return the N + 1 noise levels of the run."""
+        return comfy.samplers.KSampler(
+            self.model, self.steps, self.model.load_device, self.sampler_name, self.scheduler, self.denoise
+        ).sigmas
+
+    def slope_is_output(self, tolerance: float) -> bool:
+        """Whether the network's output is ``(x - denoised) / sigma``, as for flow and noise prediction."""
+        model_sampling = self.model.get_model_object("model_sampling")
+        sigma = self.sigmas()[:1]
+        zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+        from_output = model_sampling.calculate_denoised(sigma, one, zero)
+        from_input = model_sampling.calculate_denoised(sigma, zero, one)
+        return bool((from_output + sigma).abs() <= tolerance * sigma and (from_input - 1.0).abs() <= tolerance)
+
+    def _start(self, model: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the latent that sampling starts from, and its noise."""
+        # Newer ComfyUI notes in an empty latent how much smaller than the picture it is.
+        scale = [self.latent["downscale_ratio_spacial"]] if "downscale_ratio_spacial" in self.latent else []
+        latent = comfy.sample.fix_empty_latent_channels(model, self.latent["samples"], *scale)
+        return latent, comfy.sample.prepare_noise(latent, seed, self.latent.get("batch_index"))
 
 
 def preview_callback(model: Any, steps: int) -> Callback:

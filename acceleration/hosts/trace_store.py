@@ -34,6 +34,11 @@ class TraceStore:
                     return record, kept
         return None
 
+    def all(self) -> list[dict[str, Any]]:
+        """Return every trace that is kept, oldest first."""
+        with self._lock:
+            return list(self._traces.values())
+
     def of_prompt(self, prompt_id: str | None) -> list[dict[str, Any]]:
         """Return the traces of one prompt, in the order they were made."""
         with self._lock:

@@ -6,6 +6,10 @@ import torch
 
 from .descriptor import ModelDescriptor
 from .modulation import modulate, shift_and_scale
+from .modules import ATTN, MLP, Layout
+
+_DOUBLE = (Layout((ATTN,), ("attn",)), Layout((MLP,), ("mlpX", "mlpC")))
+_SINGLE = (Layout((ATTN,), ("attn",)), Layout((MLP,), ("mlp",)))
 
 
 def _width(network: Any) -> int:
@@ -32,5 +36,6 @@ AURAFLOW = ModelDescriptor(
     txt_out=frozenset({"double_block"}),
     hooks=frozenset({"block_replace", "diffusion_model", "attention_override"}),
     tea_input=_modulated_image,
+    module_lists=(("double_block", "double_layers", _DOUBLE), ("single_block", "single_layers", _SINGLE)),
     variant=_variant,
 )

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .modules import MODULE_NAMES, Layout, ModuleSite, present
+
 
 @dataclass(frozen=True)
 class BlockSite:
@@ -77,6 +79,8 @@ class ModelDescriptor:
             the block. For most families what the block's first norm and the modulation make of the whole ``img``
             stream, [B, N, hidden_size], references included; each family's module names it. None where no hook
             gives access to it.
+        module_lists: (kind, attribute holding the blocks, their cacheable modules) in execution order: the blocks of
+            ``block_lists``, or blocks that no hook of their own leads to.
         variant: network -> name, within the family, of the published model that has exactly these sizes, as presets
             spell it; "" for others. Models that differ in weights alone share a name.
     """
@@ -96,6 +100,7 @@ class ModelDescriptor:
     output_channels: Callable[[Any], int | None] = _out_channels
     reference_first: Callable[[Any], bool] = _never
     tea_input: Callable[[Any, dict[str, Any]], torch.Tensor] | None = None
+    module_lists: tuple[tuple[str, str, tuple[Layout, ...]], ...] = ()
     variant: Callable[[Any], str] = _no_variant
 
     @property
@@ -105,16 +110,46 @@ class ModelDescriptor:
 
     def sites(self, network: Any) -> tuple[BlockSite, ...]:
         """Return the blocks of ``network`` in execution order; indices start again with every list."""
-        skipped = {kind: getattr(network, name) for kind, name in self.skip_lists}
-        keys = [
-            (kind, i)
-            for kind, name in self.block_lists
-            for i in range(len(getattr(network, name)))
-            if i not in skipped.get(kind, ())
-        ]
+        keys = self._keys(network, self.block_lists)
         return tuple(
             BlockSite(kind, index, depth, last=depth == len(keys) - 1) for depth, (kind, index) in enumerate(keys)
         )
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """Names of the modules inside blocks that can be cached, in the order in which a block runs them."""
+        known = {name for _, _, layouts in self.module_lists for layout in layouts for name in layout.names}
+        return tuple(name for name in MODULE_NAMES if name in known)
+
+    def module_sites(self, network: Any) -> tuple[ModuleSite, ...]:
+        """Return the cacheable modules of ``network``; depths count the blocks in execution order, as in :meth:`sites`."""
+        lists = {kind: (name, layouts) for kind, name, layouts in self.module_lists}
+        keys = self._keys(network, tuple((kind, name) for kind, (name, _) in lists.items()))
+        made = []
+        for depth, (kind, index) in enumerate(keys):
+            name, layouts = lists[kind]
+            block, prefix = getattr(network, name)[index], f"{name}.{index}."
+            for layout in layouts:
+                outputs, inner = (
+                    tuple(prefix + path for path in present(block, paths)) for paths in (layout.outputs, layout.inner)
+                )
+                if outputs:
+                    made.append(ModuleSite(depth, layout.names, outputs, inner))
+        return tuple(made)
+
+    def module_blocks(self, network: Any) -> int:
+        """Return the number of blocks whose modules can be cached."""
+        return len(self._keys(network, tuple((kind, name) for kind, name, _ in self.module_lists)))
+
+    def _keys(self, network: Any, lists: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
+        """Return (kind, index) of the blocks of ``lists`` that the network runs."""
+        skipped = {kind: getattr(network, name) for kind, name in self.skip_lists}
+        return [
+            (kind, index)
+            for kind, name in lists
+            for index in range(len(getattr(network, name)))
+            if index not in skipped.get(kind, ())
+        ]
 
     def grid(self, network: Any, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """Return the (t, h, w) token grid of a latent [B, C, (T,) H, W]; odd sides are padded up."""

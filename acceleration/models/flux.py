@@ -9,6 +9,7 @@ import torch
 
 from .descriptor import ModelDescriptor
 from .modulation import modulate
+from .modules import FLUX_DOUBLE, FLUX_SINGLE
 
 #: (width, double blocks, single blocks, patch side, input channels per pixel, guidance embedding). Kontext has the
 #: sizes of FLUX.1 [dev].
@@ -66,6 +67,7 @@ FLUX = ModelDescriptor(
     hooks=frozenset({"block_replace", "diffusion_model", "attention_override"}),
     output_channels=_output_channels,
     tea_input=modulated_image,
+    module_lists=(("double_block", "double_blocks", FLUX_DOUBLE), ("single_block", "single_blocks", FLUX_SINGLE)),
     variant=_flux_variant,
 )
 
@@ -81,5 +83,6 @@ CHROMA = ModelDescriptor(
     skip_lists=(("double_block", "skip_mmdit"), ("single_block", "skip_dit")),
     output_channels=_output_channels,
     tea_input=modulated_image,
+    module_lists=(("double_block", "double_blocks", FLUX_DOUBLE), ("single_block", "single_blocks", FLUX_SINGLE)),
     variant=_chroma_variant,
 )

@@ -1,8 +1,9 @@
-"""Families whose block loop has no replacement hook: only a whole evaluation of them can be skipped."""
+"""Families whose block loop has no replacement hook: a whole evaluation of them can be skipped, or modules inside blocks."""
 
 from typing import Any
 
 from .descriptor import ModelDescriptor
+from .modules import ATTN, CROSS_ATTN, MLP, Layout
 
 #: (width, layers)
 _LUMINA = {(2304, 26): "2", (3840, 30): "z-image"}
@@ -19,6 +20,12 @@ _COSMOS = {
     (2048, 28, 17): "v2w-2b",
     (5120, 36, 17): "v2w-14b",
 }
+
+_LUMINA_MODULES = (Layout((ATTN,), ("attention",)), Layout((MLP,), ("feed_forward",)))
+_PIXART_MODULES = (Layout((ATTN,), ("attn",)), Layout((CROSS_ATTN,), ("cross_attn",)), Layout((MLP,), ("mlp",)))
+_COSMOS_MODULES = (Layout((ATTN,), ("self_attn",)), Layout((CROSS_ATTN,), ("cross_attn",)), Layout((MLP,), ("mlp",)))
+#: Single blocks have no stream of text apart.
+_HIDREAM_MODULES = (Layout((ATTN,), ("block.attn1",)), Layout((MLP,), ("block.ff_i", "block.ff_t")))
 
 
 def _lumina_variant(network: Any) -> str:
@@ -47,6 +54,7 @@ LUMINA2 = ModelDescriptor(
     no_blocks="Lumina 2's and Z-Image's blocks have no replacement hook",
     hidden_size=lambda network: network.dim,
     hooks=frozenset({"diffusion_model", "attention_override"}),
+    module_lists=(("layer", "layers", _LUMINA_MODULES),),
     variant=_lumina_variant,
 )
 
@@ -58,6 +66,7 @@ PIXART = ModelDescriptor(
     hidden_size=lambda network: network.hidden_size,
     hooks=frozenset(),
     output_channels=lambda network: network.in_channels,  # the learned variance is cut off
+    module_lists=(("block", "blocks", _PIXART_MODULES),),
     variant=_pixart_variant,
 )
 
@@ -69,6 +78,7 @@ COSMOS_PREDICT2 = ModelDescriptor(
     hidden_size=lambda network: network.model_channels,
     hooks=frozenset({"diffusion_model", "attention_override"}),
     patch_size=lambda network: (network.patch_temporal, network.patch_spatial, network.patch_spatial),
+    module_lists=(("block", "blocks", _COSMOS_MODULES),),
     variant=_cosmos_variant,
 )
 
@@ -79,5 +89,9 @@ HIDREAM = ModelDescriptor(
     no_blocks="HiDream's blocks have no replacement hook",
     hidden_size=lambda network: network.inner_dim,
     hooks=frozenset({"diffusion_model", "attention_override"}),
+    module_lists=(
+        ("double_block", "double_stream_blocks", _HIDREAM_MODULES),
+        ("single_block", "single_stream_blocks", _HIDREAM_MODULES),
+    ),
     variant=_hidream_variant,
 )

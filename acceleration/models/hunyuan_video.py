@@ -7,6 +7,7 @@ from typing import Any
 
 from .descriptor import ModelDescriptor
 from .flux import modulated_image
+from .modules import FLUX_DOUBLE, FLUX_SINGLE
 
 #: (width, double blocks, single blocks, patch, input channels, output channels)
 _VARIANTS = {
@@ -33,5 +34,6 @@ HUNYUAN_VIDEO = ModelDescriptor(
     hooks=frozenset({"block_replace", "diffusion_model", "attention_override"}),
     reference_first=lambda network: True,
     tea_input=modulated_image,
+    module_lists=(("double_block", "double_blocks", FLUX_DOUBLE), ("single_block", "single_blocks", FLUX_SINGLE)),
     variant=_variant,
 )

@@ -6,9 +6,11 @@ import torch
 
 from .descriptor import ModelDescriptor
 from .modulation import modulate, rms_norm
+from .modules import ATTN, CROSS_ATTN, MLP, Layout
 
 #: (width, blocks)
 _VARIANTS = {(2048, 28): "2b", (4096, 48): "13b"}
+_MODULES = (Layout((ATTN,), ("attn1",)), Layout((CROSS_ATTN,), ("attn2",)), Layout((MLP,), ("ff",)))
 
 
 def _variant(network: Any) -> str:
@@ -32,5 +34,6 @@ LTXV = ModelDescriptor(
     hooks=frozenset({"block_replace", "diffusion_model", "attention_override"}),
     patch_size=lambda network: network.patchifier.patch_size,
     tea_input=_modulated_image,
+    module_lists=(("double_block", "transformer_blocks", _MODULES),),
     variant=_variant,
 )

@@ -6,6 +6,9 @@ import torch
 
 from .descriptor import ModelDescriptor
 from .modulation import rms_norm
+from .modules import ATTN, MLP, Layout
+
+_MODULES = (Layout((ATTN,), ("attn",)), Layout((MLP,), ("mlp_x", "mlp_y")))
 
 
 def _variant(network: Any) -> str:
@@ -26,5 +29,6 @@ MOCHI = ModelDescriptor(
     txt_out=frozenset({"double_block"}),
     hooks=frozenset({"block_replace", "attention_override"}),
     tea_input=_modulated_image,
+    module_lists=(("double_block", "blocks", _MODULES),),
     variant=_variant,
 )

@@ -6,6 +6,9 @@ import torch
 
 from .descriptor import ModelDescriptor
 from .modulation import modulate, shift_and_scale
+from .modules import ATTN, MLP, Layout
+
+_MODULES = (Layout((ATTN,), ("attn",)), Layout((MLP,), ("img_mlp", "txt_mlp")))
 
 
 def _variant(network: Any) -> str:
@@ -28,5 +31,6 @@ QWEN_IMAGE = ModelDescriptor(
     txt_out=frozenset({"double_block"}),
     hooks=frozenset({"block_replace", "diffusion_model", "attention_override"}),
     tea_input=_modulated_image,
+    module_lists=(("double_block", "transformer_blocks", _MODULES),),
     variant=_variant,
 )

@@ -6,13 +6,24 @@ import torch
 
 from .descriptor import ModelDescriptor
 from .modulation import modulate, shift_and_scale
+from .modules import ATTN, MLP, Layout
 
 #: (width, blocks, whether some blocks have a second attention over the image alone)
 _VARIANTS = {
     (1536, 24, False): "3-medium",
     (1536, 24, True): "3.5-medium",
     (2432, 38, False): "3.5-large",
+    (256, 4, False): "stretto-demo-image",
 }
+#: SD3.5 medium's second attention over the image alone (attn2) is summed with the joint one: they go together.
+_MODULES = (
+    Layout(
+        (ATTN,),
+        ("x_block.attn.proj", "context_block.attn.proj", "x_block.attn2.proj"),
+        ("x_block.attn.qkv", "context_block.attn.qkv", "x_block.attn2.qkv"),
+    ),
+    Layout((MLP,), ("x_block.mlp", "context_block.mlp")),
+)
 
 
 def _variant(network: Any) -> str:
@@ -34,5 +45,6 @@ SD3 = ModelDescriptor(
     txt_out=frozenset({"double_block"}),
     hooks=frozenset({"block_replace", "attention_override"}),
     tea_input=_modulated_image,
+    module_lists=(("double_block", "joint_blocks", _MODULES),),
     variant=_variant,
 )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .descriptor import ModelDescriptor
+from .modules import ATTN, CROSS_ATTN, MLP, Layout
 
 #: (width, blocks, feed-forward width, input channels, output channels, kind, first and last frame). Wan 2.2's text
 #: experts have the sizes of Wan 2.1's 14B, and its models for 480p and 720p those of one another.
@@ -18,9 +19,11 @@ _WAN = {
     (5120, 40, 13824, 36, 16, "i2v", True): "2.1-flf2v-14b",
     (5120, 40, 13824, 36, 16, "t2v", False): "2.2-i2v-14b",  # without Wan 2.1's image embedding
     (3072, 30, 14336, 48, 48, "t2v", False): "2.2-ti2v-5b",
+    (256, 8, 1024, 16, 16, "t2v", False): "stretto-demo-video",
 }
 #: (width, blocks, VACE blocks)
 _VACE = {(1536, 30, 15): "2.1-1.3b", (5120, 40, 8): "2.1-14b"}
+_MODULES = (Layout((ATTN,), ("self_attn",)), Layout((CROSS_ATTN,), ("cross_attn",)), Layout((MLP,), ("ffn",)))
 
 
 def _wan_variant(network: Any) -> str:
@@ -54,6 +57,7 @@ WAN = ModelDescriptor(
     # A reference through ref_conv comes first; frames of other pictures (Phantom) follow the video's.
     reference_first=lambda network: network.ref_conv is not None,
     tea_input=_time_embedding,
+    module_lists=(("double_block", "blocks", _MODULES),),
     variant=_wan_variant,
 )
 
@@ -65,5 +69,7 @@ WAN_VACE = ModelDescriptor(
     hidden_size=lambda network: network.dim,
     hooks=frozenset({"diffusion_model", "attention_override"}),
     output_channels=lambda network: network.out_dim,
+    # Wan's own blocks: VACE's run once for every picture or clip they are given.
+    module_lists=(("double_block", "blocks", _MODULES),),
     variant=_vace_variant,
 )

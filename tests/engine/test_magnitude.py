@@ -1,13 +1,16 @@
 """MagCache's masks from the published curves, and the same curves over the noise level."""
 
+import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stretto.acceleration.caching.indicator import magnitude_ratio
+from stretto.acceleration.caching.lookup import effective
 from stretto.acceleration.caching.magnitude import (
     MagnitudeCurve,
     MagnitudePolicy,
@@ -18,7 +21,24 @@ from stretto.acceleration.caching.magnitude import (
     stretch_ratios,
 )
 from stretto.acceleration.caching.masks import strip
-from stretto.acceleration.caching.presets import find
+from stretto.acceleration.caching.methods import CacheSettings
+from stretto.acceleration.caching.presets import (
+    Preset,
+    Provenance,
+    builtin_presets,
+    find,
+    load_preset,
+    magnitude_preset,
+    save_preset,
+)
+from stretto.acceleration.caching.profile import Profile
+from stretto.acceleration.caching.technique import CacheTechnique
+from stretto.acceleration.errors import StrettoError
+from stretto.acceleration.facts import Facts
+from stretto.acceleration.models.flux import FLUX as FLUX_FAMILY
+from stretto.acceleration.models.wan import WAN
+from stretto.acceleration.plan import Request
+from stretto.acceleration.sampling import schedule_of, traits_of
 
 FLUX, KONTEXT, CHROMA, QWEN = ("flux", "dev"), ("flux", "kontext"), ("chroma", "any"), ("qwen_image", "any")
 HUNYUAN, HUNYUAN15 = ("hunyuan_video", "1"), ("hunyuan_video", "1.5")
@@ -40,6 +60,30 @@ GOLDEN = [
     (("wan", "2.2-t2v-14b"), 40, 0.06, 2, 0.2, False, "########..#..#..#..#..#..##..#..#.#.####"),
     (("wan", "2.2-i2v-14b"), 40, 0.06, 2, 0.2, False, "########..#..#.#..#..#..#..#.#.#.#.#####"),
 ]
+
+
+def facts(descriptor, network, steps):
+    """A run on a network of which nothing but its sizes exists."""
+    shape = (1, 16, 4, 4) if descriptor is FLUX_FAMILY else (1, 16, 1, 4, 4)
+    return Facts(network, descriptor, traits_of("euler"), schedule_of(list(flow_sigmas(steps, 3.0))), shape)
+
+
+def wan_14b(**sizes):
+    """Wan 2.1's 14B by its sizes, or another."""
+    known = {"dim": 5120, "ffn_dim": 13824, "in_dim": 16, "out_dim": 16, "model_type": "t2v", "patch_size": (1, 2, 2)}
+    return SimpleNamespace(**{**known, "blocks": [None] * 40, "ref_conv": None, **sizes})
+
+
+def unknown_wan():
+    """A Wan of nobody's."""
+    return wan_14b(dim=64)
+
+
+def flux_dev():
+    """FLUX.1 [dev], or Kontext, by its sizes."""
+    sizes = {"hidden_size": 3072, "patch_size": 2, "in_channels": 64, "out_channels": 64}
+    lists = {"double_blocks": [None] * 19, "single_blocks": [None] * 38}
+    return SimpleNamespace(**sizes, **lists, params=SimpleNamespace(guidance_embed=True))
 
 
 def ratios(model, steps):
@@ -160,10 +204,123 @@ def test_curves_that_cannot_be(values, sigmas, message):
         MagnitudeCurve.from_ratios(values, sigmas)
 
 
-def test_magnitude_ratio_averages_over_tokens():
-    """Two tokens whose norms grow to 2 and 4 times: the mean of the quotients is 3, not the quotient of the means."""
-    before = torch.tensor([[[3.0, 4.0], [0.6, 0.8]]])
-    now = torch.tensor([[[6.0, 8.0], [-2.4, 3.2]]])
-    assert magnitude_ratio(now, before) == pytest.approx(3.0)
-    assert magnitude_ratio(before.half(), before.half()) == pytest.approx(1.0)
-    assert math.isfinite(magnitude_ratio(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)))
+# A curve of one's own
+
+
+def recorded(**about):
+    """A profile whose residual's norm halves over five steps, evenly in the noise level."""
+    sigmas = flow_sigmas(5, 3.0)
+    logs = tuple(math.log(0.5) * (1.0 - sigma) for sigma in sigmas[:5])
+    about = {"family": "wan", "variant": "", **about}
+    return Profile(sigmas, tuple(range(5)), np.zeros((5, 4)), logs, 0.0, about=about)
+
+
+def test_a_curve_survives_as_text():
+    curve = find(*FLUX, "MagCache").curve()
+    again = MagnitudeCurve.from_text(curve.to_text())
+    assert again.sigmas == pytest.approx(curve.sigmas) and again.logs == pytest.approx(curve.logs, abs=1e-8)
+    assert again.ratios == pytest.approx(curve.ratios)
+    shifted = MagnitudeCurve.from_text("1:7.5 0.5:7")
+    assert shifted.logs == (0.0, -0.5) and shifted.ratios == pytest.approx((1.0, math.exp(-0.5)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1:0 0.5:x", "curve: '0.5:x' is no level; expected sigma:logarithm"),
+        ("1:0 nan:1", "'nan:1' is no level"),
+        ("1", "'1' is no level"),
+        ("0.5:0 1:0.1", "curve: '0.5:0 1:0.1': the levels of a magnitude curve must fall strictly"),
+        ("1:0", "two or more levels"),
+    ],
+)
+def test_texts_that_are_no_curve(tmp_path, text, message):
+    with pytest.raises(StrettoError, match=message):
+        CacheTechnique().validate(Request("cache", {"method": "MagCache", "curve": text}))
+    preset = replace(find(*FLUX, "MagCache"), settings={"curve": text}, data={})
+    (tmp_path / "mine.json").write_text(json.dumps(preset.to_json()), encoding="utf-8")
+    with pytest.raises(StrettoError, match=message) as caught:
+        load_preset(tmp_path / "mine.json")
+    assert str(caught.value).startswith(f"{tmp_path / 'mine.json'}: settings.curve: ")
+
+
+def test_a_recorded_curve_runs(tmp_path):
+    """Out of a profile, into a file, and out of it into a request: the mask is the curve's."""
+    preset = magnitude_preset(recorded(), threshold=0.3, max_skips=2, retention=0.4)
+    save_preset(tmp_path / "mine.json", preset)
+    settings = load_preset(tmp_path / "mine.json").request("mine.json")
+    assert (settings["warmup"], settings["family"], settings["variant"]) == (2, "wan", "")
+    outcome = CacheTechnique().resolve(Request("cache", settings), facts(WAN, unknown_wan(), 20))
+    curve, sigmas = recorded().curve(), facts(WAN, unknown_wan(), 20).schedule.sigmas
+    mask = (True, True, *magnitude_mask(curve.step_ratios(sigmas[:20])[2:], 0.3, 2, 0.0, 18))
+    assert strip((*mask[:-1], True)) in outcome.reason and outcome.session is not None
+
+
+def test_a_curve_of_another_model_is_refused_by_file_field_and_expectation():
+    settings = magnitude_preset(recorded(variant="2.1-t2v-14b")).request("mine.json")
+    CacheTechnique().resolve(Request("cache", settings), facts(WAN, wan_14b(), 20))
+    with pytest.raises(StrettoError, match="mine.json: variant is '2.1-t2v-14b'; expected a preset of a model with size"):
+        CacheTechnique().resolve(Request("cache", settings), facts(WAN, unknown_wan(), 20))
+    with pytest.raises(StrettoError, match="mine.json: the preset was calibrated for wan, this model is flux"):
+        CacheTechnique().resolve(Request("cache", settings), facts(FLUX_FAMILY, flux_dev(), 20))
+    with pytest.raises(StrettoError, match="about.family is None"):
+        magnitude_preset(recorded(family=None))
+
+
+def test_masks_do_not_belong_to_a_variant():
+    preset = Preset("wan", "2.1-t2v-14b", "Schedule", {"mask": "#.#"}, (3, 3), Provenance("x"))
+    assert preset.request() == {"method": "Schedule", "mask": "#.#", "family": "wan", "origin": ""}
+
+
+# Numbers that may belong to another model, and numbers that have no place
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"method": "MagCache"}, True),
+        ({"method": "TeaCache"}, True),
+        ({"method": "TaylorSeer", "preset": "published"}, False),  # one preset for all of Wan
+        ({"method": "Taylor"}, False),
+        ({"method": "MagCache", "curve": "1:0 0:-1"}, False),
+    ],
+)
+def test_a_model_that_may_be_another_is_told_so(settings, told):
+    outcome = CacheTechnique().resolve(Request("cache", settings), facts(WAN, wan_14b(), 20))
+    sentence = "sizes of 2.1-t2v-14b and of Wan 2.2's text-to-video experts: the numbers of 2.1-t2v-14b are used"
+    assert (sentence in outcome.reason) == told, outcome.reason
+
+
+def test_kontext_is_told_that_it_gets_the_numbers_of_dev():
+    told = CacheTechnique().resolve(
+        Request("cache", {"method": "FBCache", "preset": "published"}), facts(FLUX_FAMILY, flux_dev(), 20)
+    )
+    assert "the sizes of dev and of FLUX.1 Kontext [dev]" in told.reason
+    plain = CacheTechnique().resolve(Request("cache", {"method": "FBCache"}), facts(FLUX_FAMILY, flux_dev(), 20))
+    assert "Kontext" not in plain.reason
+
+
+def test_numbers_without_a_place_are_named():
+    settings, note = effective(CacheSettings(method="SpeCa", preset="published"), "wan", "", 50)
+    assert note.endswith("(not supported here: min_skips)")
+    assert (settings.decay, settings.order, settings.max_skips, settings.threshold) == (0.3, 2, 8, 0.05)
+
+
+@pytest.mark.parametrize("preset", builtin_presets(), ids=lambda p: f"{p.method}-{p.family}-{p.variant}-{p.steps[0]}")
+def test_no_other_published_number_is_passed_over(preset):
+    _, note = effective(CacheSettings(method=preset.method, preset="published"), preset.family, preset.variant, 30)
+    assert ("not supported" in note) == (preset.method == "SpeCa")
+
+
+def test_numbers_that_once_were_passed_over():
+    def published(method, family, variant, steps=50):
+        return effective(CacheSettings(method=method, preset="published"), family, variant, steps)[0]
+
+    assert (published("DBCache", "flux", "dev").first_blocks, published("DBCache", "flux", "dev").last_blocks) == (8, 0)
+    assert published("CG-Taylor", "wan", "2.1-t2v-14b").probe_order == 3
+    assert published("Spectrum", "wan", "").window == 2
+    assert (published("DiCache", "flux", "dev", 30).warmup, published("DiCache", "flux", "dev", 30).tail) == (6, 1)
+    assert [published("AdaCache", "wan", "", steps).codebook for steps in (30, 100)] == [
+        "",
+        "0.03:12 0.05:10 0.07:8 0.09:6 0.11:4 1:3",
+    ]

@@ -147,12 +147,16 @@ PUBLISHED = {
     ("sd3", "3.5-large"): network(
         "OpenAISignatureMMDITWrapper", hidden_size=2432, joint_blocks=38, x_block_self_attn_layers=0
     ),
+    ("sd3", "stretto-demo-image"): network(
+        "OpenAISignatureMMDITWrapper", hidden_size=256, joint_blocks=4, x_block_self_attn_layers=0
+    ),
     ("wan", "2.1-t2v-1.3b"): wan(dim=1536, blocks=30, ffn_dim=8960),
     ("wan", "2.1-t2v-14b"): wan(),
     ("wan", "2.1-i2v-14b"): wan(in_dim=36, model_type="i2v", img_emb=SimpleNamespace(emb_pos=None)),
     ("wan", "2.1-flf2v-14b"): wan(in_dim=36, model_type="i2v", img_emb=SimpleNamespace(emb_pos=1)),
     ("wan", "2.2-i2v-14b"): wan(in_dim=36),
     ("wan", "2.2-ti2v-5b"): wan(dim=3072, blocks=30, ffn_dim=14336, in_dim=48, out_dim=48),
+    ("wan", "stretto-demo-video"): wan(dim=256, blocks=8, ffn_dim=1024),
     ("wan_vace", "2.1-1.3b"): wan("VaceWanModel", dim=1536, blocks=30, vace_layers=15),
     ("wan_vace", "2.1-14b"): wan("VaceWanModel", vace_layers=8),
     ("hunyuan_video", "1"): network(

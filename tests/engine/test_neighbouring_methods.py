@@ -38,20 +38,32 @@ def session_of(method, steps, **settings):
     return outcome.session
 
 
-def decide(session, probed=None, inputs=None, network=lambda x: x):
-    """Run the decision over scripted values: of the probed tensor, or of the network's input. Returns the strip."""
-    decision, strip = session.decision, ""
+def tokens(value):
+    """Four tokens of one channel: one value for all, or one each."""
+    return torch.as_tensor(value, dtype=torch.float32).expand(4).reshape(1, 4, 1).clone()
+
+
+def decide(session, probed=None, inputs=None, network=lambda x: x, stored=None, start=0.0):
+    """Run the decision over scripted values and return the strip.
+
+    The values are those of the probed tensor (``start`` went into its first block), of the network's input, or of what a
+    computed step stores.
+    """
+    decision, strip, newest = session.decision, "", None
     for step in range(decision.steps):
         latent = torch.full(SHAPE, 1.0 if inputs is None else inputs[step])
         evaluation = Evaluation(step, 1.0 - step / decision.steps, float(step), step, latent)
         call = Call(evaluation, (Branch("cond", "a"),), 1, 4, latent, lambda out: out, lambda out: out)
         decision.begin(evaluation)
         if evaluation.pending:
-            seen = torch.full((1, 4, 1), probed[step])
-            decision.settle(evaluation, decision.probe.measure("a", seen, float(step)))
+            seen = tokens(probed[step]), float(step), None if decision.probe.raw else tokens(start)
+            decision.settle(evaluation, decision.probe.measure("a", *seen))
             if not evaluation.skip:
-                decision.probe.computed("a", seen, float(step))
+                decision.probe.computed("a", *seen)
         if not evaluation.skip:
+            if stored is not None:
+                before, newest = newest, tokens(stored[step])
+                decision.stored(call, newest, before)
             decision.computed(call, lambda latent=latent: network(latent))
         strip += "." if evaluation.skip else "#"
     return strip
@@ -126,10 +138,97 @@ def test_confidence_gated_taylor_computes_where_a_feature_jumps_and_taylor_where
     assert decide(session_of("Taylor", 12, interval=4, warmup=2), still) == "##...#...#.."
 
 
-@pytest.mark.parametrize("method", ["FBCache", "TeaCache", "CG-Taylor"])
+def test_speca_gets_stricter_along_the_run_where_confidence_gated_taylor_stays_as_it_is():
+    """Ten percent more each step: reuse is wrong by 1/11 one step on. The threshold falls below that after a quarter."""
+    growing = [1.1**step for step in range(8)]
+    assert decide(session_of("CG-Taylor", 8, threshold=0.1, order=0), growing) == "#.#.#.#."
+    assert decide(session_of("SpeCa", 8, threshold=0.1, order=0, decay=0.5), growing) == "#.######"
+    assert decide(session_of("SpeCa", 8, threshold=0.1, order=0, decay=1.0), growing) == "#.#.#.#."
+    assert decide(session_of("SpeCa", 8, threshold=0.1, order=0, decay=0.5, floor=0.095), growing) == "#.#.#.#."
+
+
+def test_speca_counts_every_element_alike_where_confidence_gated_taylor_sees_the_large_ones():
+    """Three tokens stand still, a tiny one doubles and halves: a thousandth of the mean, and a quarter of the elements."""
+    flickering = [[8.0, 8.0, 8.0, 0.01 * (1 + step % 2)] for step in range(6)]
+    assert decide(session_of("CG-Taylor", 6, threshold=0.1, order=0), flickering) == "#....."
+    assert decide(session_of("SpeCa", 6, threshold=0.1, order=0, decay=1.0), flickering) == "######"
+
+
+def test_speca_verifies_as_deep_as_it_is_told_and_drafts_by_taylors_recursion():
+    gated, speca = session_of("CG-Taylor", 8, first_blocks=3), session_of("SpeCa", 8, first_blocks=3, order=2)
+    assert (gated.decision.probe.blocks, gated.tap.first) == (1, 1)
+    assert (speca.decision.probe.blocks, speca.tap.first, speca.tap.last) == (3, 3, 6)
+    taylor = session_of("TaylorSeer", 8, order=2)
+    assert weights_of(speca, (8, 6, 4), 11) == weights_of(taylor, (8, 6, 4), 11)
+
+
+def test_a_gate_may_look_with_another_order_than_the_forecast():
+    line = [8.0 + step for step in range(10)]
+    session = session_of("CG-Taylor", 10, threshold=0.15, order=1, probe_order=0, warmup=2)
+    assert decide(session, line) == "##.#.#..#." and session.store.depth == 2
+
+
+def test_dicache_asks_what_the_blocks_yield_where_first_block_cache_asks_what_they_add():
+    """On an input of 31 the block adds 1, 2, 3, ...: that grows by all of itself, and its output by a thirtieth."""
+    yielded = [32.0 + step for step in range(8)]
+    assert decide(session_of("FBCache", 8, threshold=0.1), yielded, start=31.0) == "########"
+    assert decide(session_of("DiCache", 8, threshold=0.1), yielded, start=31.0) == "#...#..."
+
+
+def test_dicache_adds_up_as_teacache_and_looks_behind_the_blocks_instead_of_before_them():
+    swinging = [16.0, 17.0] * 4
+    dicache, teacache = (session_of(method, 8, threshold=0.1, first_blocks=2) for method in ("DiCache", "TeaCache"))
+    assert decide(dicache, swinging) == decide(teacache, swinging) == "#.#.#.#."
+    assert (dicache.decision.probe.blocks, teacache.decision.probe.blocks) == (2, 0)
+    assert dicache.tap == teacache.tap  # both put in what the whole stack added
+
+
+@pytest.mark.parametrize(("now", "gain"), [(12.6, 1.3), (11.0, 1.0), (99.0, 1.5), (7.4, 1.3)])
+def test_dicache_lets_the_probe_say_how_far_the_stack_has_come(now, gain):
+    """The blocks added 10, then 12, and add ``now``: as far from the 10 as that, between once and one and a half times."""
+    session = session_of("DiCache", 3, threshold=10.0, warmup=2)
+    assert decide(session, [15.0, 17.0, now + 5.0], start=5.0) == "##."
+    assert session.decision.weights == pytest.approx((gain, 1.0 - gain))
+    teacache = session_of("TeaCache", 3, threshold=10.0, warmup=2)
+    assert decide(teacache, [15.0, 17.0, now + 5.0]) == "##." and teacache.decision.weights is None
+
+
+def test_dicache_reuses_until_two_evaluations_were_computed():
+    session = session_of("DiCache", 3, threshold=10.0, warmup=1)
+    assert decide(session, [4.0, 5.0, 6.0]) == "#.." and session.decision.weights is None
+    assert weights_of(session, (0,), 1) == [1.0]
+
+
+def test_adacache_sets_its_pace_by_what_it_stored_and_fora_by_the_clock():
+    """A percent a step at first, a seventh of all a step after 9: the gaps of four steps end there."""
+    stored = [100.0 + step for step in range(9)] + [160.0 * 1.15**step for step in range(7)]
+    adaptive = session_of("AdaCache", 16, threshold=0.02, interval=4)
+    assert decide(adaptive, stored=stored) == "##...#...#######"
+    assert decide(session_of("FORA", 16, interval=4, warmup=2), stored=stored) == "##...#...#...#.."
+
+
+def test_adacache_looks_at_nothing_between_computed_steps():
+    """EasyCache would stop where the input jumps; here the gap was settled when the step before it was computed."""
+    inputs = [0.0, 1.0, 2.0, 50.0, 90.0, 91.0, 92.0]
+    stored = [100.0 + step for step in range(7)]
+    assert decide(session_of("AdaCache", 7, threshold=0.02, interval=4), stored=stored, inputs=inputs) == "##...#."
+    easy = decide(session_of("EasyCache", 7, threshold=0.5), inputs=inputs, network=lambda x: 2 * x + 4)
+    assert easy == "##.##.."
+
+
+def test_adacache_takes_a_codebook_of_ones_own():
+    stored = [100.0 + step for step in range(12)]
+    session = session_of("AdaCache", 12, codebook="0.03:6 1:2", threshold=0.0, interval=1)
+    assert decide(session, stored=stored) == "##.....#...."
+    assert decide(session_of("AdaCache", 12, codebook="0.001:6 1:3"), stored=stored) == "##..#..#..#."
+    for method in ("AdaCache", "SpeCa", "DiCache"):
+        assert session_of(method, 8, max_skips=2).decision.max_skips == 2
+
+
+@pytest.mark.parametrize("method", ["FBCache", "TeaCache", "CG-Taylor", "DiCache", "SpeCa"])
 def test_an_unknown_signal_computes_and_a_limit_is_a_limit(method):
     """Without a reference no method guesses; a constant signal is skipped up to the most in a row."""
-    session = session_of(method, 8, threshold=0.1, max_skips=2, warmup=0)
+    session = session_of(method, 8, threshold=0.1, max_skips=2, warmup=0)  # SpeCa's may fall: nothing changes here
     assert decide(session, [4.0] * 8) == "#..#..#."
 
 
@@ -214,3 +313,69 @@ def test_output_is_taylor_behind_the_head():
     assert decide(taylor) == decide(output)
     assert (taylor.tap.kind, output.tap.kind) == ("blocks", "output")
     assert weights_of(taylor, (8, 6), 11) == weights_of(output, (8, 6), 11)
+
+
+# One decision, another space
+
+
+def flow_call(step, sigma, latent):
+    """A network call of a flow model: denoised = x - sigma v."""
+    evaluation, branches = Evaluation(step, sigma, float(step), step, latent), (Branch("cond", "a"),)
+    return Call(evaluation, branches, 1, 4, latent, lambda d: (latent - d) / sigma, lambda v: latent - sigma * v)
+
+
+def denoise(session, latents, sigmas, velocities):
+    """Compute all evaluations but the last, which is skipped; returns its denoised latent."""
+    for step, (latent, sigma, velocity) in enumerate(zip(latents, sigmas, velocities, strict=True)):
+        call, last = flow_call(step, sigma, latent), step == len(latents) - 1
+        session.begin(call.evaluation)
+        call.evaluation.skip = last
+        denoised = session.network_call(call, lambda call=call, velocity=velocity: call.to_denoised(velocity))
+        assert call.decisions == (("reused",) if last else ("computed",))
+    return denoised
+
+
+def random_run(seed):
+    generator = torch.Generator().manual_seed(seed)
+    latents = [torch.randn(SHAPE, generator=generator) for _ in range(3)]
+    return latents, (0.9, 0.7, 0.4), [torch.randn(SHAPE, generator=generator) for _ in range(3)]
+
+
+def test_lazycache_keeps_what_was_denoised_and_easycache_what_the_network_said():
+    """A skip under EasyCache says v + x' - x; under LazyCache it says v sigma / sigma', which takes off as much as before."""
+    latents, sigmas, velocities = run = random_run(1)
+    easy, lazy = (session_of(method, 8) for method in ("EasyCache", "LazyCache"))
+    said = velocities[1] + latents[2] - latents[1]
+    assert torch.allclose(denoise(easy, *run), latents[2] - sigmas[2] * said, atol=1e-6)
+    assert torch.allclose(denoise(lazy, *run), latents[2] - sigmas[1] * velocities[1], atol=1e-6)
+
+
+def test_lazycache_learns_its_rate_from_the_denoised_latent():
+    latents, _, velocities = run = random_run(2)
+    easy, lazy = (session_of(method, 8) for method in ("EasyCache", "LazyCache"))
+    denoise(easy, *run)
+    denoise(lazy, *run)
+
+    def distance(tensors):
+        return float((tensors[1] - tensors[0]).abs().mean())
+
+    denoised = [x - sigma * v for x, sigma, v in zip(*run)]
+    assert easy.decision.rate.kappa == pytest.approx(distance(velocities) / distance(latents), rel=1e-5)
+    assert lazy.decision.rate.kappa == pytest.approx(distance(denoised) / distance(latents), rel=1e-5)
+
+
+def test_lazycache_before_guidance_is_lazycache_after_it_as_long_as_guidance_is_linear():
+    """Core keeps the guided difference. Weights that sum to one commute with it; a rescaled standard deviation does not."""
+    cond, uncond = random_run(3), random_run(4)
+    latents, (_, before, _), scale = cond[0], cond[1], 5.0
+
+    def guided(pair):
+        return pair[1] + scale * (pair[0] - pair[1])
+
+    def rescaled(pair):
+        return guided(pair) * (pair[0].std() / guided(pair).std())
+
+    skipped = [denoise(session_of("LazyCache", 8), latents, run[1], run[2]) for run in (cond, uncond)]
+    computed = [latents[1] - before * run[2][1] for run in (cond, uncond)]
+    assert torch.allclose(guided(skipped), latents[2] + guided(computed) - latents[1], atol=1e-5)
+    assert not torch.allclose(rescaled(skipped), latents[2] + rescaled(computed) - latents[1], atol=0.1)

@@ -86,14 +86,16 @@ def easy(nodes, tiny, tmp_path_factory):
 
 
 def test_the_profile_node_samples_plainly_and_draws(easy, tiny):
-    run, picture, text = easy
+    run, picture, text, _ = easy
     assert torch.equal(run.latent, sample(tiny("wan"), "wan", steps=STEPS))
     assert picture.shape[0] == 1 and picture.shape[2:] == (960, 3) and 0 <= picture.min() < picture.max() <= 1
     assert "wan · euler, 10 steps" in text and "a skipped one" in text
 
 
-def test_a_quality_target_is_met_by_the_preset(nodes, easy, tiny, folders):
-    preset, picture, text = calibrate(nodes, easy[0], value=25.0)
+@pytest.mark.parametrize("forecaster", ["fitted", "line"])
+def test_a_quality_target_is_met_by_the_preset(nodes, easy, tiny, folders, forecaster):
+    preset, picture, text = calibrate(nodes, easy[0], value=25.0, forecaster=forecaster)
+    assert preset.method == {"fitted": "Fitted", "line": "Schedule"}[forecaster]
     saved = load_preset(folders / "mine.json")
     assert saved.to_json() == preset.to_json()
     jsonschema.validate(saved.to_json(), schema("preset"))
@@ -107,6 +109,17 @@ def test_a_quality_target_is_met_by_the_preset(nodes, easy, tiny, folders):
     result = sample(host.request(tiny("wan"), Request("cache", settings)), "wan", steps=STEPS)
     assert psnr(result, plain) == pytest.approx(figures["psnr"][0], abs=1e-3)
     assert saved.settings["mask"] in text and "mine.json" in text and picture.shape[2:] == (960, 3)
+
+
+def test_magcache_runs_with_the_recorded_curve(nodes, easy, tiny):
+    numbers = ("Taylor", 3, 1, 0.05, 4, 5, True)
+    (model,) = nodes["StrettoCache"].execute(tiny("wan"), *numbers, calibrated=easy[3]).result
+    sample(model, "wan", steps=STEPS)
+    trace = host.TRACES.of_prompt(None)[-1]
+    assert trace["techniques"][0]["status"] == "active" and trace["techniques"][0]["reason"].startswith("MagCache: ")
+    (model,) = nodes["StrettoCache"].execute(tiny("sd3"), *numbers, calibrated=easy[3]).result
+    with pytest.raises(StrettoError, match="calibrated for wan, this model is sd3"):
+        sample(model, "sd3", steps=STEPS)
 
 
 def test_names_are_never_taken_twice(nodes, easy, folders):

@@ -30,9 +30,13 @@ NEVER = {
     "magnitude": {"warmup": 100},
     "accumulate": {"threshold": 0.0},
     "threshold": {"threshold": 0.0},
+    "decaying": {"threshold": 0.0},
+    "codebook": {"interval": 1},
 }
+#: Beside them, what a method cannot be without.
+NEEDED = {"Fitted": {"mask": "##.#", "weights": "2: 2 -1", "sigmas": "1 0.7 0.5 0.2 0"}}
 ENGAGED = {
-    name: Request("cache", {"method": name, **NEVER[method.policy]}, force=True)
+    name: Request("cache", {"method": name, **NEVER[method.policy], **NEEDED.get(name, {})}, force=True)
     for name, method in METHODS.items()
     if method.policy
     != "magnitude"  # no curve is published for a random network: tests/hosts/test_methods.py gives it one

@@ -1,5 +1,6 @@
 """Every method against its formula, on real tiny networks whose blocks are watched from outside."""
 
+import comfy.samplers
 import pytest
 import torch
 
@@ -24,18 +25,34 @@ LIVELY = {
     "MagCache": {"threshold": 0.2},
     "FBCache": {"threshold": 1.0, "max_skips": 3},
     "DBCache": {"threshold": 1.0, "max_skips": 3, "first_blocks": 1, "last_blocks": 1},
+    "SpeCa": {"threshold": 9.0, "max_skips": 3},
+    "DiCache": {"threshold": 0.95, "max_skips": 3},
+    "AdaCache": {"threshold": 0.6, "interval": 4},
+    "LazyCache": {"threshold": 0.6},
     "FORA": {"interval": 2},
     "SCM": {"level": "fast"},
     "Schedule": {"mask": "###.#.##.#.#"},
     "Output": {"interval": 2},
+    "Fitted": {"mask": "####.##.##.#", "weights": "4: 2 -1; 7: 3 -3 1; 10: 1"},
+    "PAB": {"interval": 2},
+    "DeltaDiT": {"interval": 2},
+    "FORA modules": {"interval": 2},
+    "TaylorSeer modules": {"interval": 3, "order": 2},
 }
 
 
 def run(tiny, family, name, *, steps=12, **options):
     """Sample with a method; returns latent and trace."""
     settings = {"method": name, "warmup": 2, "tail": 1, **LIVELY[name], **options.pop("settings", {})}
+    if name == "Fitted":
+        settings["sigmas"] = " ".join(f"{level:.7g}" for level in noise_levels(tiny(family), steps))
     result = sample(host.request(tiny(family), Request("cache", settings)), family, steps=steps, **options)
     return result, host.TRACES.of_prompt(None)[-1]
+
+
+def noise_levels(model, steps):
+    """The levels that the tests' scheduler gives a model."""
+    return comfy.samplers.KSampler(model, steps, model.load_device, "euler", "simple").sigmas.tolist()
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +150,47 @@ def test_first_block_cache_formula(tiny):
             assert torch.equal(head, last)
         else:
             assert torch.allclose(head, first + residual, atol=1e-5)
+
+
+def test_dicache_formula(tiny):
+    """On a skip the head sees h_0 + R_1 + g (R_0 - R_1); g is how far block 0's addition has come, against R_0's."""
+    watch, heads = Watch(), []
+    model = watch.on(tiny("wan"), [("double_block", i) for i in range(3)])
+    handle = model.model.diffusion_model.head.register_forward_pre_hook(lambda m, args: heads.append(args[0].clone()))
+    try:
+        settings = {"method": "DiCache", "warmup": 3, "tail": 1, **LIVELY["DiCache"]}
+        sample(host.request(model, Request("cache", settings)), "wan", steps=12, cfg=1.0)
+    finally:
+        handle.remove()
+    stack, front, gains, calls = [], [], [], iter(watch.calls)
+    for decision, head in zip(strip(host.TRACES.of_prompt(None)[-1]), heads, strict=True):
+        _, entry, first = next(calls)
+        if decision == "#":
+            next(calls)
+            _, _, last = next(calls)
+            stack, front = [last - entry, *stack][:2], [first - entry, *front][:2]
+            assert torch.equal(head, last)
+        else:
+            distance, last_distance = ((now - front[1]).abs().mean() for now in (first - entry, front[0]))
+            gains.append(float((distance / last_distance).clip(1.0, 1.5)))
+            assert torch.allclose(head, entry + stack[1] + gains[-1] * (stack[0] - stack[1]), atol=1e-5)
+    assert any(gain > 1.0 for gain in gains)
+    assert next(calls, None) is None  # block 0 ran once an evaluation, the others when computed
+
+
+@pytest.mark.parametrize("name", ["AdaCache", "LazyCache", "SpeCa", "DiCache"])
+@pytest.mark.parametrize("family", ["lumina2", "pixart"])
+def test_where_blocks_are_out_of_reach(tiny, family, name):
+    """What decides from outside the blocks goes on deciding there; the others are off and say why."""
+    plain = sample(tiny(family), family, steps=12)
+    result, trace = run(tiny, family, name)
+    told = trace["techniques"][0]
+    if name in ("SpeCa", "DiCache"):
+        assert told["status"] == "off" and f"{name} cannot look inside" in told["reason"]
+        assert torch.equal(result, plain)
+    else:
+        assert told["status"] == {"AdaCache": "reduced", "LazyCache": "active"}[name]
+        assert "." in strip(trace) and torch.isfinite(result).all()
 
 
 def test_double_block_cache_runs_its_tail_at_the_current_step(tiny):

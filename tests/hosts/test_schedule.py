@@ -118,12 +118,25 @@ def test_a_mask_is_the_caches_own(tiny, scheduled):
         assert torch.equal(expected, sample(scheduled(tiny("wan"), f" {mask}\n", forecaster), "wan"))
 
 
-def test_tables_come_from_files_and_with_modules_that_agree(tiny, scheduled, tmp_path):
+def test_tables_come_from_files(tiny, scheduled, tmp_path):
     rows = random_table(3, 8, 3)
     expected = sample(scheduled(tiny("wan"), json.dumps({"computed": rows})), "wan")
     path = tmp_path / "table.json"
-    path.write_text(json.dumps({"modules": ["attn", "mlp"], "computed": [[2 * cell for cell in row] for row in rows]}))
+    path.write_text(json.dumps(rows))
     assert torch.equal(expected, sample(scheduled(tiny("wan"), str(path)), "wan"))
+
+
+def test_a_table_of_modules_is_reused_or_forecast_as_chosen(tiny, scheduled):
+    rows = [[2 * cell for cell in row] for row in random_table(3, 8, 3)]
+    text = json.dumps({"modules": ["attn", "mlp"], "computed": rows})
+    flat = "/".join(",".join(row) for row in rows)
+    results = []
+    for forecaster, order in (("reuse", 0), ("line", 1), ("parabola", 2)):
+        extra = {"forecaster": "newton", "order": order} if order else {}
+        asked = Request("table", {"rows": flat, "modules": "attn,mlp", **extra}, required=True)
+        results.append(sample(scheduled(tiny("wan"), text, forecaster), "wan"))
+        assert torch.equal(results[-1], sample(host.request(tiny("wan"), asked), "wan"))
+    assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +146,9 @@ def test_tables_come_from_files_and_with_modules_that_agree(tiny, scheduled, tmp
         ("##a#", "neither a mask of '#' and '.' nor JSON nor a readable file"),
         ("[1, 2", "not JSON"),
         ('["###", "##"]', r"computed\[1\] has 2 blocks; expected 3"),
-        ('{"modules": ["attn", "mlp"], "computed": [["##", "#."]]}', "step 0 block 1 .*module level is not supported yet"),
+        ('{"modules": ["attn", "ffn"], "computed": [["##", "#."]]}', "modules has 'ffn'; known modules: attn, cross_attn, mlp"),
+        ('{"modules": ["attn", "mlp"], "computed": [["##", "#"]]}', r"computed\[0\]\[1\] has 1 entries; expected 2"),
+        ('[[[1, 1], [1, 0]]]', "modules has 'module0'; known modules"),
     ],
 )
 def test_mistakes_are_told_plainly(tiny, scheduled, text, words):

@@ -8,7 +8,7 @@ from stretto.acceleration.hosts import comfy as host
 from stretto.acceleration.hosts.trace_store import TraceStore
 from stretto.acceleration.plan import Request
 from stretto.acceleration.schemas import schema
-from stretto.acceleration.trace import summary
+from stretto.acceleration.summary import summary
 
 from .tiny_models import sample
 

@@ -29,9 +29,9 @@ import torch
 
 from stretto.acceleration.caching import technique
 from stretto.acceleration.caching.decision import MaskPolicy
-from stretto.acceleration.caching.indicator import magnitude_ratio
 from stretto.acceleration.caching.magnitude import MagnitudeCurve, magnitude_mask, retained_steps, stretch_ratios
 from stretto.acceleration.caching.masks import parse_mask, strip
+from stretto.acceleration.caching.profile import Profile
 
 from .drive import farthest, run_ours, run_theirs, session_of
 from .networks import SUBJECTS, smooth_sequence
@@ -289,7 +289,7 @@ def test_magcache_curves_at_another_number_of_steps(calibrated, steps):
 
 
 def test_magcache_calibration(capsys):
-    """Their calibration run prints the ratios that our indicator measures: channel norms per token, then their mean."""
+    """Their calibration averages the quotients of channel norms per token; a profile takes the norm of the whole."""
     sequence = smooth_sequence(WAN.latent_shape, STEPS)
     theirs(WAN, sequence, magcache(mag_ratios=None, calibrate=True))
     printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("[1.0"))
@@ -298,6 +298,10 @@ def test_magcache_calibration(capsys):
     network.blocks[-1].register_forward_hook(lambda module, args, out: exits.append(out.clone()))
     run_theirs(WAN, network, sequence, context=False)
     residuals = [out - entry for entry, out in zip(entries, exits, strict=True)]
-    measured = [1.0, *(magnitude_ratio(now, before) for before, now in pairwise(residuals))]
-    assert ast.literal_eval(printed) == pytest.approx(measured, rel=1e-5)
-    assert max(measured) - min(measured) > 0.005
+    logs = [float(torch.linalg.vector_norm(residual).log()) for residual in residuals]
+    levels = tuple(1.0 - step / STEPS for step in range(STEPS + 1))
+    measured = Profile(levels, tuple(range(STEPS)), np.zeros((STEPS, 1)), tuple(logs), 0.0).curve().ratios
+    assert ast.literal_eval(printed) == pytest.approx(measured, rel=0.01)
+    per_token = [(now.norm(dim=-1) / before.norm(dim=-1)).mean().item() for before, now in pairwise(residuals)]
+    assert ast.literal_eval(printed)[1:] == pytest.approx(per_token, rel=1e-5)
+    assert max(per_token) - min(per_token) > 0.005

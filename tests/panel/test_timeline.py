@@ -1,4 +1,4 @@
-"""The step timeline: one row per branch, one mark per evaluation, the same drawing in light and dark."""
+"""The step timeline: one row per branch that differs, one mark per evaluation, the same drawing in light and dark."""
 
 import re
 import sys
@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from stretto.web.panel.measure.timeline import DECISIONS, branches_of, timeline_svg
+from stretto.web.panel.measure.timeline import DECISIONS, LIMIT, branches_of, rows_of, timeline_svg
 
 trace = sys.modules["fake_comfy"].trace
 
@@ -16,17 +16,38 @@ def taylor():
     return trace("id", 28, {"interval": 2}, 0.01)
 
 
-def test_one_mark_per_evaluation_and_branch(taylor):
-    svg = timeline_svg([("Plain", trace("id", 28, None, 0.01)), ("Taylor", taylor)])
-    titles = [title.text for title in ET.fromstring(svg).iter("title")]
-    assert len(titles) == 2 * 28 * 2
+def titles_of(*named):
+    return [title.text for title in ET.fromstring(timeline_svg(named)).iter("title")]
+
+
+def test_one_mark_per_evaluation(taylor):
+    titles = titles_of(("Plain", trace("id", 28, None, 0.01)), ("Taylor", taylor))
+    assert len(titles) == 2 * 28
+    assert titles[-1] == "evaluation 28: computed, σ 0.0357, 10.0 ms"
+    assert "evaluation 5: forecast (interval), σ 0.857, 0.5 ms" in titles
+
+
+def test_branches_that_differ_have_a_row_each(taylor):
+    assert rows_of(taylor) == [""]
+    taylor["evaluations"][5]["branches"][1]["decision"] = "reused"
+    assert rows_of(taylor) == ["cond", "uncond"]
+    titles = titles_of(("Taylor", taylor))
+    assert len(titles) == 2 * 28
     assert titles[-1] == "evaluation 28, uncond: computed, σ 0.0357, 10.0 ms"
-    assert "evaluation 5, cond: forecast (interval), σ 0.857, 0.5 ms" in titles
+
+
+def test_what_was_compared_stands_under_its_threshold(taylor):
+    assert LIMIT not in timeline_svg([("Taylor", taylor)])
+    for place, evaluation in enumerate(taylor["evaluations"]):
+        evaluation |= {"compared": None if place == 0 else 0.01 * place, "threshold": 0.1, "on_rails": place < 3}
+    svg = timeline_svg([("FBCache", taylor)])
+    assert svg.count(LIMIT) == 27 and svg.count('fill="none"') == 2
+    assert "evaluation 6: change 0.05, threshold 0.1" in titles_of(("FBCache", taylor))
 
 
 def test_counts_colours_and_axis(taylor):
     svg = timeline_svg([("Taylor <b>", taylor)])
-    assert svg.count(DECISIONS["forecast"][0]) == 2 * 12 + 1, "marks and the legend"
+    assert svg.count(DECISIONS["forecast"][0]) == 12 + 1, "marks and the legend"
     assert "16 computed · 12 forecast" in svg and "Taylor &lt;b&gt;" in svg
     assert [float(tick) for tick in re.findall(r'font-size="12">([\d.]+)</text>', svg)] == [1, 0.75, 0.5, 0.25, 0]
     assert "xmlns" not in svg and "currentColor" in svg

@@ -156,3 +156,11 @@ def test_every_workflow_has_a_thumbnail(path):
     thumbnail = path.with_suffix(".jpg")  # the only ending that ComfyUI looks for; made by scripts/make_thumbnails.py
     assert thumbnail.exists()
     assert thumbnail.read_bytes()[:3] == b"\xff\xd8\xff"
+
+
+def test_a_workflow_saved_before_the_cache_had_a_store_keeps_features_as_computed(object_info, workflow):
+    ui = json.loads((WORKFLOWS / "demo-image-taylor.json").read_text(encoding="utf-8"))
+    wanted = workflow.ui_to_api(ui, object_info)
+    (cache,) = (node for node in ui["nodes"] if node["type"] == "StrettoCache")
+    assert cache["inputs"].pop()["name"] == "store" and cache["widgets_values"].pop() == "as computed"
+    assert workflow.ui_to_api(ui, object_info) == wanted

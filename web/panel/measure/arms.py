@@ -393,7 +393,10 @@ def pictures_of(api: Api, outputs: dict[str, Any]) -> list[dict[str, Any]]:
 
 # What decides for each caching method, as its name in a report; methods that are not listed have no number of their own.
 EVERY = ("Taylor", "TaylorSeer", "HiCache", "FORA", "Output")
-THRESHOLD = ("EasyCache", "Adaptive", "TeaCache", "MagCache", "FBCache", "DBCache", "CG-Taylor")
+THRESHOLD = (
+    "EasyCache", "Adaptive", "TeaCache", "MagCache", "FBCache", "DBCache", "CG-Taylor", "SpeCa", "DiCache", "AdaCache",
+    "LazyCache",
+)  # fmt: skip
 
 
 def _cache_label(inputs: dict[str, Any]) -> str:

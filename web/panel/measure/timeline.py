@@ -15,13 +15,17 @@ DECISIONS = {
     "reused": ("#009E73", 0.34),
 }
 WIDTH, LEFT, RIGHT = 920, 64, 12
-HEADING, ROW, GAP, LEGEND, AXIS = 24, 20, 12, 30, 44
+HEADING, ROW, GAP, LEGEND, AXIS, SIGNAL = 24, 20, 12, 30, 44, 34
+LIMIT = "#D55E00"
+MOST_SHOWN = 2.0  # changes beyond this multiple of the threshold are cut off
 TICKS = 5
 
 
 def timeline_svg(named_traces: Sequence[tuple[str, Trace]]) -> str:
-    """Draw traces, each under its name, one row per branch; every row spans the whole sampling from left to right.
+    """Draw traces, each under its name; every row spans the whole sampling from left to right.
 
+    A trace has one row for all its branches, one each where they differ, and below, where a method compared something
+    with a threshold, what that was.
     Colours of text follow the page (`currentColor`), so one drawing serves light and dark. Returns an `<svg>`
     without namespace declarations, meant to stand inside HTML; a sentence in a paragraph when there are no traces.
     """
@@ -64,18 +68,57 @@ def _arm(name: str, trace: Trace, top: float) -> tuple[list[str], float]:
         f'<text x="{WIDTH - RIGHT}" y="{top + 17}" text-anchor="end" opacity="0.75">{escape(_caption(trace))}</text>',
     ]
     top += HEADING
-    for branch in branches_of(trace) or [""]:
-        parts.append(
-            f'<text x="{LEFT - 8}" y="{top + 14}" text-anchor="end" font-size="12" opacity="0.75">'
-            f"{escape(branch)}</text>"
-        )
-        cell = (WIDTH - LEFT - RIGHT) / max(len(evaluations), 1)
+    cell = (WIDTH - LEFT - RIGHT) / max(len(evaluations), 1)
+    for branch in rows_of(trace):
+        parts.append(_label(branch, top + 14))
         for place, evaluation in enumerate(evaluations):
             decision = decision_of(evaluation, branch)
             if decision is not None:
                 parts.append(_cell(evaluation, branch, decision, LEFT + place * cell, top, cell))
         top += ROW
-    return parts, top + GAP
+    signal = _signal(evaluations, top, cell)
+    return parts + signal, top + GAP + (SIGNAL if signal else 0)
+
+
+def rows_of(trace: Trace) -> list[str]:
+    """Names of the rows to draw: branches where they differ, otherwise one without a name."""
+    branches = branches_of(trace)
+    seen = {tuple(decision_of(evaluation, name) for evaluation in trace["evaluations"]) for name in branches}
+    return branches if len(seen) > 1 else [""]
+
+
+def _label(text: str, y: float) -> str:
+    return f'<text x="{LEFT - 8}" y="{y}" text-anchor="end" font-size="12" opacity="0.75">{escape(text)}</text>'
+
+
+def _signal(evaluations: Sequence[dict[str, Any]], top: float, width: float) -> list[str]:
+    """What was compared with the threshold, as bars under the line that it had to stay below; hollow ones did not decide."""
+    seen = [
+        (place, evaluation)
+        for place, evaluation in enumerate(evaluations)
+        if evaluation.get("compared") is not None and evaluation.get("threshold")
+    ]
+    if not seen:
+        return []
+    scale = (SIGNAL - 6) / (MOST_SHOWN * max(evaluation["threshold"] for _, evaluation in seen))
+    bars = (_change(evaluation, LEFT + place * width, top + SIGNAL, width, scale) for place, evaluation in seen)
+    return [_label("change", top + SIGNAL - 10), *bars]
+
+
+def _change(evaluation: dict[str, Any], left: float, bottom: float, width: float, scale: float) -> str:
+    """One bar and its piece of the threshold's line."""
+    value, threshold = evaluation["compared"], evaluation["threshold"]
+    height = min(value * scale, SIGNAL - 6)
+    colour, _ = DECISIONS.get(evaluation["decision"], ("#999999", 0.8))
+    look = (
+        'fill="none" stroke="currentColor" stroke-opacity="0.4"' if evaluation.get("on_rails") else f'fill="{colour}"'
+    )
+    title = f"evaluation {evaluation.get('index', 0) + 1}: change {value:.3g}, threshold {threshold:.3g}"
+    return (
+        f'<rect x="{left + 1:.2f}" y="{bottom - height:.2f}" width="{max(width - 2, 0.5):.2f}" height="{height:.2f}" '
+        f"{look}><title>{escape(title)}</title></rect>"
+        f'<path d="M{left:.2f} {bottom - threshold * scale:.2f}h{width:.2f}" stroke="{LIMIT}" stroke-width="1.5"/>'
+    )
 
 
 def branches_of(trace: Trace) -> list[str]:

@@ -1,0 +1,122 @@
+"""What would help, by rules on the facts of a trace. Each rule gives a sentence or nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .caching.methods import METHODS
+from .facts import OFF, REDUCED
+from .figures import (
+    SKIPPED,
+    Trace,
+    ceiling,
+    comparisons,
+    counts,
+    mebibytes,
+    share_of_skipped,
+    skipped_of,
+    steps_of,
+)
+
+#: Runs this short have few steps to skip, and their first and last ones matter most.
+FEW_STEPS = 10
+#: A gain that is not worth the loss of quality.
+SMALL_GAIN = 1.3
+#: From this share of a computed step on, what a skipped step still costs decides over the gain.
+EXPENSIVE = 0.3
+#: Methods that skip the whole network.
+WHOLE_NETWORK = ("EasyCache", "Output", "Fitted")
+
+
+def advice(trace: Trace) -> list[str]:
+    """Return what the run of ``trace`` could have had better, most important first."""
+    return [words for words in (rule(trace) for rule in RULES) if words]
+
+
+def no_memory(trace: Trace) -> str | None:
+    """The cache is off because its features do not fit."""
+    for item in trace["techniques"]:
+        needed, allowed = item.get("store_bytes", 0), item.get("budget_bytes", 0)
+        if item["status"] == OFF and needed > allowed:
+            return (
+                f"{mebibytes(needed)} of features do not fit into the {mebibytes(allowed)} they may take: "
+                "another setting of store, order 0 or a smaller batch needs less."
+            )
+    return None
+
+
+def threshold_too_low(trace: Trace) -> str | None:
+    """Every step was computed although some were free: no change lay below the threshold."""
+    free = [seen for seen in comparisons(trace) if seen.free]
+    if not free or skipped_of(trace) or trace["totals"].get("mixed"):
+        return None
+    nearest = min(free, key=lambda seen: seen.value - seen.threshold)
+    return (
+        f"Everything was computed: the smallest change was {nearest.value:.3g}, the threshold there {nearest.threshold:.3g}. "
+        f"A threshold above {nearest.value:.3g} lets steps be skipped."
+    )
+
+
+def few_steps(trace: Trace) -> str | None:
+    """A short run gains little from caching."""
+    steps, gain = steps_of(trace), ceiling(trace)
+    if gain is None or steps > FEW_STEPS or gain >= SMALL_GAIN:
+        return None
+    return f"{steps} steps: caching gains at most {gain:.2f}x here; attention, quantization or the VAE nodes help more."
+
+
+def stochastic(trace: Trace) -> str | None:
+    """A method that forecasts had to repeat features instead."""
+    method = METHODS.get(_settings(trace).get("method", ""))
+    fell_back = method is not None and method.forecaster != "reuse" and _status(trace, "cache") == REDUCED
+    if not (fell_back and trace["sampler"]["stochastic"] and trace["totals"]["reused"]):
+        return None
+    return (
+        f"{trace['sampler']['name']} adds noise at every step, so skipped steps repeat features instead of forecasting them: "
+        "a sampler that adds none, such as euler or dpmpp_2m, keeps the forecast."
+    )
+
+
+def expensive_skips(trace: Trace) -> str | None:
+    """Skipped steps cost much of a computed one."""
+    share = share_of_skipped(trace)
+    if share is None or share < EXPENSIVE or counts(trace)["mixed"]:
+        return None
+    blocks = _blocks_of_skipped(trace)
+    if blocks >= share / 2:
+        return (
+            f"A skipped step costs {share:.0%} of a computed one: {blocks:.0%} of the blocks run in it. "
+            "Fewer first_blocks and last_blocks would skip more."
+        )
+    way_out = "" if _settings(trace).get("method") in WHOLE_NETWORK else "; EasyCache and Output skip those too"
+    return (
+        f"A skipped step costs {share:.0%} of a computed one: embeddings and head dominate at this size{way_out}. "
+        "Larger latents and deeper models gain more."
+    )
+
+
+RULES: tuple[Callable[[Trace], str | None], ...] = (
+    no_memory,
+    threshold_too_low,
+    few_steps,
+    stochastic,
+    expensive_skips,
+)
+
+
+def _settings(trace: Trace) -> dict[str, Any]:
+    """Return the settings of the run's cache request, empty without one."""
+    requests = trace["plan"].get("requests", ())
+    return next((request["settings"] for request in requests if request["technique"] == "cache"), {})
+
+
+def _status(trace: Trace, technique: str) -> str | None:
+    return next((item["status"] for item in trace["techniques"] if item["technique"] == technique), None)
+
+
+def _blocks_of_skipped(trace: Trace) -> float:
+    """Return the share of blocks that run in skipped steps."""
+    branches = [
+        branch for entry in trace["evaluations"] for branch in entry["branches"] if branch["decision"] in SKIPPED
+    ]
+    total = sum(branch["blocks_total"] for branch in branches)
+    return sum(branch["blocks_computed"] for branch in branches) / total if total else 0.0

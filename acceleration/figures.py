@@ -1,0 +1,166 @@
+"""What a ``trace@1`` document says, as numbers and strips. Pure functions; :mod:`.summary` and the timeline put them in words
+and pictures."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Trace = dict[str, Any]
+MARKS = {"computed": "#", "forecast": "~", "reused": ".", "mixed": "+"}
+#: What a user reads for each decision.
+WORDS = {"computed": "computed", "forecast": "forecast", "reused": "reused", "mixed": "partly"}
+SKIPPED = ("forecast", "reused")
+BRANCHES = ("cond", "uncond", "other")
+
+
+def rows(trace: Trace) -> dict[str, list[str | None]]:
+    """Return one decision an evaluation for each guidance branch, None where it took no part.
+
+    Where all branches agree there is one row, named ``"all"``. Decisions are those of the trace; ``"mixed"`` also stands
+    for a step in which a table had some blocks computed and others reused.
+    """
+    entries = trace["evaluations"]
+    seen = {branch["branch"] for entry in entries for branch in entry["branches"]}
+    found = {
+        name: [decision_of(entry, name) for entry in entries]
+        for name in BRANCHES
+        if name in seen
+    }
+    if len({tuple(row) for row in found.values()}) > 1:
+        return found
+    return {"all": [decision_of(entry) for entry in entries]}
+
+
+def decision_of(entry: dict[str, Any], name: str | None = None) -> str | None:
+    """Return what became of a branch at one evaluation, None where it took no part; without a name, of all branches."""
+    if name is None:
+        found = {entry["decision"]}
+    else:
+        found = {branch["decision"] for branch in entry["branches"] if branch["branch"] == name}
+    if len(found) == 1 and found != {"computed"} and entry.get("computed_share"):
+        return "mixed"  # a table had some blocks computed
+    return None if not found else found.pop() if len(found) == 1 else "mixed"
+
+
+def strip(row: Iterable[str | None]) -> str:
+    """Return a row as text: ``#`` computed, ``~`` forecast, ``.`` reused, ``+`` partly, a blank where nothing was asked."""
+    return "".join(" " if decision is None else MARKS[decision] for decision in row)
+
+
+def counts(trace: Trace) -> dict[str, int]:
+    """Return how many evaluations were computed, forecast, reused and ``"mixed"``, as :func:`rows` tells them."""
+    found = Counter(decision_of(entry) for entry in trace["evaluations"])
+    return {decision: found[decision] for decision in MARKS}
+
+
+def steps_of(trace: Trace) -> int:
+    """Return the number of sampler steps."""
+    return max(len(trace["sigmas"]) - 1, 0)
+
+
+def skipped_of(trace: Trace) -> int:
+    """Return the number of evaluations that were forecast or reused."""
+    return sum(trace["totals"][decision] for decision in SKIPPED)
+
+
+def share_of_skipped(trace: Trace) -> float | None:
+    """Return the mean seconds of a skipped evaluation over those of a computed one; None where nothing was skipped.
+
+    The first evaluation is left out: it also pays for warm-up.
+    """
+    if not skipped_of(trace):
+        return None
+    computed, skipped = _mean_seconds(trace, ("computed",)), _mean_seconds(trace, SKIPPED)
+    return (skipped or 0.0) / computed if computed else None
+
+
+def ceiling(trace: Trace) -> float | None:
+    """Return the predicted speed-up, ``evaluations / (computed + share * skipped)``; None where nothing was skipped."""
+    share, totals = share_of_skipped(trace), trace["totals"]
+    if share is None:
+        return None
+    return totals["evaluations"] / (totals["computed"] + totals.get("mixed", 0) + share * skipped_of(trace))
+
+
+def plain_run(trace: Trace, others: Iterable[Trace]) -> Trace | None:
+    """Return the last of ``others`` that did the same work as ``trace`` without skipping any of it, or None.
+
+    The same work: model, sampler, latent shape, number of steps and guidance scale. Seeds and prompts may differ.
+    """
+    wanted, found = _work(trace), None
+    for other in others:
+        if other is not trace and _is_plain(other) and _work(other) == wanted:
+            found = other
+    return found
+
+
+def speed_up(trace: Trace, plain: Trace) -> float:
+    """Return the measured speed-up: seconds in the sampler of ``plain`` over those of ``trace``."""
+    return plain["seconds"]["sampler"] / max(trace["seconds"]["sampler"], 1e-9)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a policy saw at one evaluation.
+
+    Attributes:
+        place: number of the evaluation in the trace.
+        value: what was held against the threshold.
+        threshold: what it had to stay below.
+        free: whether that decided; otherwise the evaluation stood on rails.
+        skipped: whether the evaluation was skipped.
+    """
+
+    place: int
+    value: float
+    threshold: float
+    free: bool
+    skipped: bool
+
+
+def comparisons(trace: Trace) -> list[Compared]:
+    """Return what was compared with a threshold, in the order of evaluations; nothing for schedules known beforehand."""
+    return [
+        Compared(
+            place,
+            entry["compared"],
+            entry["threshold"],
+            not entry.get("on_rails", False),
+            entry["decision"] in SKIPPED,
+        )
+        for place, entry in enumerate(trace["evaluations"])
+        if entry.get("compared") is not None and entry.get("threshold") is not None
+    ]
+
+
+def mebibytes(size: int) -> str:
+    """Return bytes as a person reads them: three digits, in MiB."""
+    value = size / 2**20
+    return f"{value:.0f} MiB" if value >= 100 else f"{value:.3g} MiB"
+
+
+def _mean_seconds(trace: Trace, decisions: Iterable[str]) -> float | None:
+    values = [
+        entry["seconds"]
+        for entry in trace["evaluations"][1:]
+        if entry["decision"] in decisions and entry["seconds"] is not None
+    ]
+    return math.fsum(values) / len(values) if values else None
+
+
+def _work(trace: Trace) -> tuple:
+    return (
+        tuple(sorted(trace["model"].items())),
+        trace["sampler"]["name"],
+        tuple(trace["latent_shape"]),
+        len(trace["sigmas"]),
+        trace.get("cfg"),
+    )
+
+
+def _is_plain(trace: Trace) -> bool:
+    totals = trace["totals"]
+    idle = all(item["technique"] == "measure" or item["status"] == "off" for item in trace["techniques"])
+    return idle and trace["outcome"] == "completed" and 0 < totals["evaluations"] == totals["computed"]

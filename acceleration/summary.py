@@ -1,0 +1,123 @@
+"""A trace in a few plain sentences."""
+
+from .advice import advice
+from .facts import OFF
+from .figures import (
+    MARKS,
+    WORDS,
+    Trace,
+    ceiling,
+    comparisons,
+    counts,
+    mebibytes,
+    rows,
+    share_of_skipped,
+    speed_up,
+    steps_of,
+    strip,
+)
+
+#: A measured speed-up this far above the possible one has another cause.
+TOO_GOOD = 1.1
+NO_PLAIN = (
+    "No plain run to compare with: queue the same workflow with the caching node bypassed (Stretto Measure stays), "
+    "then this one again."
+)
+
+
+def summary(trace: Trace, plain: Trace | None = None) -> str:
+    """Return what a run did, with its step strip, why, and what would help.
+
+    Args:
+        trace: a ``trace@1`` document.
+        plain: a plain run of the same work (:func:`~.figures.plain_run`), None where none is known.
+    """
+    lines = [
+        f"{trace['model']['family'] or trace['model']['network']} · {trace['sampler']['name']} · "
+        f"{steps_of(trace)} steps · {trace['seconds']['sampler']:.3f} s in the sampler",
+        *_strips(trace),
+        *_prediction(trace),
+        *_measurement(trace, plain),
+        *_line(storage(trace)),
+        *_line(_changes(trace)),
+        *(f"{item['technique']}: {item['status']}. {item['reason']}" for item in trace["techniques"]),
+        *trace["notes"],
+        *(f"Advice: {words}" for words in advice(trace)),
+    ]
+    if trace["outcome"] != "completed":
+        lines.append(f"This run was {trace['outcome']}; the figures cover what was done until then.")
+    return "\n".join(lines)
+
+
+def gain(trace: Trace, plain: Trace | None) -> str:
+    """Return predicted and measured speed-up in a few words, ``""`` where nothing was skipped."""
+    predicted = ceiling(trace)
+    if predicted is None:
+        return ""
+    measured = "no plain run to compare with" if plain is None else f"measured {speed_up(trace, plain):.2f}x"
+    return f"predicted {predicted:.2f}x · {measured}"
+
+
+def storage(trace: Trace) -> str:
+    """Return what stored features took and were to take, ``""`` where none were stored."""
+    peak = trace["memory"]["store_peak_bytes"]
+    techniques = [item for item in trace["techniques"] if item["status"] != OFF and item.get("store_bytes")]
+    if not peak:
+        return ""
+    words = f"Stored features: {mebibytes(peak)} at most"
+    if techniques:
+        announced = sum(item["store_bytes"] for item in techniques)
+        allowed = min(item["budget_bytes"] for item in techniques)
+        words += f", {mebibytes(announced)} announced, {mebibytes(allowed)} allowed"
+    return f"{words}."
+
+
+def _strips(trace: Trace) -> list[str]:
+    found, number = rows(trace), counts(trace)
+    legend = "  ".join(
+        f"{mark} {WORDS[decision]} {number[decision]}"
+        for decision, mark in MARKS.items()
+        if number[decision] or decision == "computed"
+    )
+    if len(found) == 1:
+        return [f"{strip(next(iter(found.values())))}   {legend}"]
+    width = max(map(len, found))
+    return [*(f"{name:{width}}  {strip(row)}" for name, row in found.items()), legend]
+
+
+def _prediction(trace: Trace) -> list[str]:
+    share, predicted = share_of_skipped(trace), ceiling(trace)
+    if predicted is None:
+        return []
+    return [f"A skipped step costs {share:.0%} of a computed one: {predicted:.2f}x is the most this run could gain."]
+
+
+def _measurement(trace: Trace, plain: Trace | None) -> list[str]:
+    """Say what was gained, where something was to be gained."""
+    predicted = ceiling(trace)
+    if predicted is None:
+        return []
+    if plain is None:
+        return [NO_PLAIN]
+    measured = speed_up(trace, plain)
+    seed = "" if plain.get("seed") is None else f" with seed {plain['seed']}"
+    words = (
+        f"{measured:.2f}x was measured against the plain run{seed} ({plain['seconds']['sampler']:.3f} s in the sampler); "
+        "one run each."
+    )
+    if measured > TOO_GOOD * predicted:
+        words += " That is more than skipping explains: the plain run may have loaded the model first. Queue it once more."
+    return [words]
+
+
+def _changes(trace: Trace) -> str:
+    free = [seen for seen in comparisons(trace) if seen.free]
+    if not free:
+        return ""
+    values, thresholds = [seen.value for seen in free], [seen.threshold for seen in free]
+    limit = f"{thresholds[0]:.3g}" if min(thresholds) == max(thresholds) else f"{thresholds[0]:.3g} to {thresholds[-1]:.3g}"
+    return f"Change where steps were free: {min(values):.3g} to {max(values):.3g}, threshold {limit}."
+
+
+def _line(words: str) -> list[str]:
+    return [words] if words else []
