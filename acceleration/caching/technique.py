@@ -244,6 +244,8 @@ def _mask(method: Method, settings: CacheSettings, rails: Rails, facts: Facts, n
         return scm_mask(settings.level, steps)
     if method.name == "Fitted" and not settings.weights:
         raise NotHere("no weights are known for this model at this number of steps: Stretto Calibrate finds them")
+    if method.policy == "mask" and not settings.mask:
+        raise NotHere("no mask is known for this model: draw one, or let Stretto Calibrate find it")
     if method.policy == "mask":
         given = parse_mask(settings.mask)
         if len(given) != steps:

@@ -24,11 +24,10 @@ def test_measured_levels_replace_the_numbers(tiny, level, computed):
     assert count == computed and f"{level} preset: Stretto" in text
 
 
-def test_a_measured_mask_belongs_to_its_family(tiny):
-    text, count = reason(tiny, "sd3", {"method": "Schedule", "preset": "balanced"})
-    assert count == 14 and "balanced preset" in text
-    with pytest.raises(StrettoError, match="it is empty"):
-        reason(tiny, "wan", {"method": "Schedule", "preset": "balanced"})
+@pytest.mark.parametrize(("method", "words"), [("Schedule", "no mask is known"), ("Fitted", "no weights are known")])
+def test_what_a_preset_would_have_to_bring_is_missed_in_words(tiny, method, words):
+    text, count = reason(tiny, "wan", {"method": method, "preset": "balanced"})
+    assert words in text and count == 28
 
 
 def test_published_numbers_say_that_nobody_measured_them_here(tiny):
