@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("model", choices=sorted(MODELS))
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 28, 50])
     parser.add_argument("--count", type=int, default=16, help="held-out prompts")
-    parser.add_argument("--arms", default="", help="only arms whose name matches this expression (plain always runs)")
+    parser.add_argument("--arms", default="", help="only arms whose name matches this expression; plain runs stay")
     parser.add_argument("--comfyui", type=Path, default=ROOT / ".comfyui")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -306,13 +306,14 @@ def main() -> None:
     bench = Bench(args.model)
     prompts = json.loads((ROOT / "demo" / MODELS[args.model]["prompts"]).read_text(encoding="utf-8"))[: args.count]
     references: dict = {}
-    result = {"model": f"demo {args.model}", "prompts": len(prompts), "cpu": platform.processor() or platform.machine()}
+    out = args.out or RESULTS / f"caching-{args.model}.json"
+    result = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}  # other step counts stay
+    result |= {"model": f"demo {args.model}", "prompts": len(prompts), "cpu": platform.processor() or platform.machine()}
     for steps in args.steps:
-        arms = [arm for arm in arms_for(steps, args.model) if arm.name == "plain" or re.search(args.arms, arm.name)]
+        arms = [arm for arm in arms_for(steps, args.model) if arm.name == "plain" or arm.steps or re.search(args.arms, arm.name)]
         rows = measure(bench, steps, prompts, arms, references)
         result[f"{steps} steps"] = rows
         print(f"\n{args.model}, {steps} steps, {len(prompts)} held-out prompts, CFG 5\n\n{table(rows)}\n", flush=True)
-    out = args.out or RESULTS / f"caching-{args.model}.json"
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for steps in args.steps:
         title = f"demo {args.model}, {steps} Euler steps, CFG 5, {len(prompts)} held-out prompts"

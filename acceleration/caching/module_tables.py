@@ -6,7 +6,7 @@ from ..models.modules import ATTN, CROSS_ATTN
 from .masks import Mask, Table
 from .policy import Rails, interval_mask
 
-#: PAB: timesteps (0 to 1000) between which outputs are reused; those for Open-Sora-Plan and Allegro, arXiv 2408.12588.
+#: PAB: timesteps (0 to 1000) between which outputs are reused, the widest band in its public code (arXiv 2408.12588).
 PAB_BAND = (100.0, 850.0)
 #: PAB: how much longer cross-attention is kept than spatial attention (every 6 steps instead of every 2).
 PAB_CROSS = 3
