@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/calibrated.py video --count 6 --targets psnr:40 speed:1.8
 
 For each held-out prompt and target: Stretto Profile and Stretto Calibrate as their nodes run them (28 Euler steps, CFG 5,
-one extra seed), then the preset on fresh seeds. A target is met where the median over the fresh seeds reaches it. Prints one
+three extra seeds), then the preset on fresh seeds. A target is met where the median over the fresh seeds reaches it. Prints one
 line per target and writes benchmarks/results/calibrated-<model>.json. Speeds are those of the evaluations, so run a speed
 target on an idle machine.
 """
@@ -50,7 +50,7 @@ class Calibration:
 
         try:
             return self.nodes["StrettoCalibrate"].execute(
-                profile=profile, target=WORDS[kind], value=value, forecaster=self.forecaster, extra_seeds=1, probes=5,
+                profile=profile, target=WORDS[kind], value=value, forecaster=self.forecaster, extra_seeds=3, probes=5,
                 name="", vae=self.bench.vae,
             ).result[0]  # fmt: skip
         except StrettoError as error:

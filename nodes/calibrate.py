@@ -76,10 +76,11 @@ class StrettoCalibrate(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "extra_seeds",
-                    default=1,
+                    default=3,
                     min=0,
                     max=8,
-                    tooltip="Other seeds that every schedule is tried with; the median decides, of two the lower one.",
+                    tooltip="Other seeds that a schedule must keep the target with; the worst decides, and a schedule that "
+                    "fails one is tried no further.",
                 ),
                 io.Int.Input(
                     "probes",
@@ -160,7 +161,7 @@ def make_preset(run: ProfiledRun, choice: Choice, seeds: list[int], pictures: bo
         "seeds": list(seeds),
         "measured_on": "pictures" if pictures else "latents",
         "psnr": [round(min(value, MOST_DECIBELS), 3) for value in measured.psnr],
-        "speed": round(measured.median(SPEED), 3),
+        "speed": round(measured.judged(SPEED), 3),
     }
     if measured.ssim is not None:
         figures["ssim"] = [round(value, 5) for value in measured.ssim]
@@ -180,11 +181,11 @@ def curve(choice: Choice, kind: str, target: float) -> Image.Image:
     quality = PSNR if kind == SPEED else kind
 
     def point(measured) -> tuple[float, float]:
-        return measured.median(SPEED), min(measured.median(quality), MOST_DECIBELS)
+        return measured.judged(SPEED), min(measured.judged(quality), MOST_DECIBELS)
 
     series = [
         Series("predicted", sorted(predicted_quality(choice, quality)), BLUE),
-        Series("measured, median over seeds", [point(measured) for measured in choice.tried], ORANGE, "dot"),
+        Series("measured, worst seed", [point(measured) for measured in choice.tried], ORANGE, "dot"),
         Series("chosen", [point(choice.measured)], GREEN, "ring"),
     ]
     chart = Chart(
@@ -203,7 +204,7 @@ def summary(choice: Choice, kind: str, target: float, path: Path, pictures: bool
     quality = ", ".join(f"{min(value, MOST_DECIBELS):.2f}" for value in measured.psnr)
     lines = [
         f"{strip(measured.mask)}   {sum(measured.mask)} of {len(measured.mask)} steps computed",
-        f"Target: {TARGETS_BY_KIND[kind]} {target:g}. Measured: {measured.median(SPEED):.2f}x, PSNR {quality} dB"
+        f"Target: {TARGETS_BY_KIND[kind]} {target:g}. Measured: {measured.judged(SPEED):.2f}x, PSNR {quality} dB"
         + (f", SSIM {', '.join(f'{value:.4f}' for value in measured.ssim)}" if measured.ssim is not None else "")
         + f" ({'pictures' if pictures else 'latents'}, {len(measured.psnr)} seed(s)).",
         f"{choice.runs} runs were made. Saved as {path.name} in {path.parent}.",
