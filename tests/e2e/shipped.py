@@ -6,7 +6,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 MEDIA = ("image", "video")
-KINDS = ("plain", "taylor", "easycache")
+KINDS = ("plain", "taylor", "easycache", "fitted")
 ACCELERATED = KINDS[1:]
 
 

@@ -115,6 +115,20 @@ def test_the_report_shows_text_and_timeline(kind, comfy, api, first):
     np.testing.assert_array_equal(timeline, comfy.pixels(run, key_of(api(kind), "PreviewImage")))
 
 
+def test_the_fitted_preset_knows_the_demo_model(comfy, first):
+    (trace,) = comfy.traces(first("fitted")[0])
+    (item,) = (item for item in trace["techniques"] if item["technique"] == "cache")
+    assert item["status"] == "active" and "balanced preset: Stretto, benchmarks/search_schedule.py" in item["reason"]
+    assert trace["totals"]["computed"] == STEPS // 2
+
+
+def test_the_schedule_workflow_runs_as_drawn(comfy, api):
+    prompt = api("schedule")
+    drawn = prompt[key_of(prompt, "StrettoCacheSchedule")]["inputs"]["schedule"]
+    (trace,) = comfy.traces(comfy.run(prompt))
+    assert "".join("#" if entry["decision"] == "computed" else "." for entry in trace["evaluations"]) == drawn
+
+
 def test_two_caches_are_refused_with_both_names(comfy, api):
     prompt = api("taylor")
     cache = key_of(prompt, "StrettoCache")
