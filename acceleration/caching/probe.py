@@ -69,12 +69,14 @@ class RelativeChange:
     raw: bool = False
     references: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     weights: ClassVar[None] = None
+    _added: torch.Tensor | None = field(default=None, repr=False)
 
     def measure(
         self, key: Hashable, tensor: torch.Tensor, position: float, start: torch.Tensor | None = None
     ) -> float | None:
         """Return the change since the reference, of what the blocks add to ``start`` where one is given."""
-        tensor = _added(tensor, start)
+        self._added = None if start is None else tensor - start  # a tensor of our own: computed() need not copy it
+        tensor = tensor if start is None else self._added
         reference = self.references.get(key)
         if self.previous:
             self.references[key] = _copy(tensor)
@@ -85,11 +87,12 @@ class RelativeChange:
     def computed(self, key: Hashable, tensor: torch.Tensor, position: float, start: torch.Tensor | None = None) -> None:
         """Make this evaluation the reference."""
         if not self.previous:
-            self.references[key] = _copy(_added(tensor, start))
+            self.references[key] = _copy(_added(tensor, start)) if self._added is None else self._added
 
     def reset(self) -> None:
         """Forget the references."""
         self.references.clear()
+        self._added = None
 
 
 @dataclass
