@@ -36,7 +36,7 @@ class Show:
 
 
 PICTURES = Show(
-    workflows=("demo-image-taylor.json", "demo-image-easycache.json"),
+    workflows=("demo-image-fitted.json", "demo-image-taylor.json", "demo-image-easycache.json"),
     prompts="demo/heldout_prompts.json",
     count=6,
     repeats=3,
@@ -45,7 +45,7 @@ PICTURES = Show(
 )
 # Fewer rounds than for pictures, since a clip takes several times as long; from six on the speed has an interval.
 CLIPS = Show(
-    workflows=("demo-video-taylor.json", "demo-video-easycache.json"),
+    workflows=("demo-video-fitted.json", "demo-video-taylor.json", "demo-video-easycache.json"),
     prompts="demo/heldout_video_prompts.json",
     count=6,
     repeats=2,
