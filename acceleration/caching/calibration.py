@@ -235,6 +235,7 @@ def gate_masks(
         mask, upper = _gate(distances, threshold, rails, max_skips)
         if mask not in unique:
             between = (lower + upper) / 2 if math.isfinite(upper) else lower * 1.01 + 1e-12
+            between = max(between, math.nextafter(lower, math.inf))  # between denormal numbers the middle rounds down
             unique[mask] = between if threshold else 0.0
         if not math.isfinite(upper):
             break

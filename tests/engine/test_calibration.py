@@ -8,7 +8,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
@@ -216,6 +216,7 @@ def test_measured_and_interpolated_amplification():
     st.sampled_from([None, 1, 3]),
     st.floats(0, 3),
 )
+@example([0.0, 5e-324], NO_RAILS, None, 0.0)
 @limits(max_examples=60, deadline=None)
 def test_replayed_masks_are_exactly_those_the_policy_can_draw(values, rails, max_skips, threshold):
     """A reference interpreter around the run-time accumulator: each candidate's own threshold draws it, and any
