@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .caching.methods import METHODS
+from .caching.tap import BLOCKS, TABLE
 from .facts import OFF, REDUCED
 from .figures import (
     SKIPPED,
@@ -24,7 +25,7 @@ SMALL_GAIN = 1.3
 #: From this share of a computed step on, what a skipped step still costs decides over the gain.
 EXPENSIVE = 0.3
 #: Methods that skip the whole network.
-WHOLE_NETWORK = ("EasyCache", "Output", "Fitted")
+WHOLE_NETWORK = tuple(method.name for method in METHODS.values() if method.tap not in (BLOCKS, TABLE))
 
 
 def advice(trace: Trace) -> list[str]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from .fitting import NOTHING, RIDGE, SNAPSHOTS
-from .forecast import newton_weights
+from .fitting import SNAPSHOTS, solve_weights
 from .masks import Mask
 
 #: Steps at either end that every mask computes: a line needs two points, and the last step strides furthest in noise.
@@ -62,8 +61,8 @@ class FitPrediction:
     def _missed(self, known: tuple[int, ...], step: int) -> np.ndarray:
         """Return what the forecast of ``step`` from the steps ``known`` adds to the errors; masks share most of them."""
         if (known, step) not in self._seen:
-            weights = np.append(_fit(self.gram.sum(0), list(known), step), -1.0)
-            at = [*known, step]
+            every, at = self.gram.sum(0), [*known, step]
+            weights = np.append(solve_weights(every[np.ix_(known, known)], every[list(known), step], known, step), -1.0)
             missed = np.einsum("i,pij,j->p", weights, self.gram[:, at][:, :, at], weights)
             factor = math.exp(self.lateness * step / self.steps) * (self.sigmas[step + 1] - self.sigmas[step])
             self._seen[known, step] = factor**2 * np.maximum(missed, 0.0)
@@ -80,8 +79,11 @@ class FitPrediction:
             quality: runs a mask with fitted weights; higher is better.
         """
         half = max(self.steps // 2, FIRST + LAST)
-        tried = [replace(self, lateness=value, _seen={}) for value in LATENESS]
-        return max(tried, key=lambda prediction: quality(prediction.best_mask(half)))
+        tried: dict[Mask, FitPrediction] = {}
+        for lateness in LATENESS:
+            prediction = replace(self, lateness=lateness, _seen={})
+            tried.setdefault(prediction.best_mask(half), prediction)  # a mask is run once, whoever likes it
+        return tried[max(tried, key=quality)]
 
     def best_mask(self, computed: int) -> Mask:
         """Return a mask of ``computed`` computed steps that moving any one of them does not better.
@@ -147,12 +149,3 @@ def moves(mask: Mask, reach: int | None = None) -> list[Mask]:
                 moved[source], moved[goal] = False, True
                 moves.append(tuple(moved))
     return moves
-
-
-def _fit(gram: np.ndarray, known: list[int], step: int) -> np.ndarray:
-    """:func:`~.fitting.fit_weights` on inner products."""
-    line = newton_weights(known, step, 1)
-    prior = np.array(line + [0.0] * (len(known) - len(line)))
-    inner = gram[np.ix_(known, known)]
-    pull = RIDGE * np.trace(inner) / len(known) + NOTHING
-    return prior + np.linalg.solve(inner + pull * np.eye(len(known)), gram[known, step] - inner @ prior)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import StrettoError
 from .forecast import newton_weights
-from .masks import Mask, parse_mask
+from .masks import Mask, parse_mask, strip
 
 #: Snapshots a fitted forecast combines: a fourth adds nothing on the demo models.
 SNAPSHOTS = 3
@@ -27,7 +28,7 @@ SAME_LEVEL = 1e-3
 #: A position this close to a step (in steps) is that step.
 _AT_STEP = 1e-4
 #: Keeps the equations solvable where all snapshots are zero.
-NOTHING = 1e-30
+_NOTHING = 1e-30
 #: Digits kept in files: single precision does the sum.
 _DIGITS = 7
 
@@ -92,8 +93,7 @@ class FittedWeights:
     def to_settings(self) -> dict[str, str]:
         """Return mask, weights and levels as a request's settings carry them: texts."""
         rows = (f"{step}: {_join(values)}" for step, values in sorted(self.weights.items()))
-        mask = "".join("#" if computed else "." for computed in self.mask)
-        return {"mask": mask, "weights": "; ".join(rows), "sigmas": _join(self.sigmas)}
+        return {"mask": strip(self.mask), "weights": "; ".join(rows), "sigmas": _join(self.sigmas)}
 
     @classmethod
     def from_settings(cls, mask: str, weights: str, sigmas: str) -> "FittedWeights":
@@ -193,12 +193,27 @@ def fit_weights(
         One weight per snapshot, newest first. fp64 on the CPU throughout: latents are small, and not every device has it.
     """
     features = torch.stack([tensor.detach().cpu().double().flatten() for _, tensor in known])
-    line = newton_weights([position for position, _ in known], target, 1)
-    prior = torch.tensor(line + [0.0] * (len(known) - len(line)), dtype=torch.float64)
-    gram = features @ features.T
-    missing = features @ (wanted.detach().cpu().double().flatten() - prior @ features)
-    pull = ridge * gram.diagonal().mean().clamp(min=NOTHING)
-    return (prior + torch.linalg.solve(gram + pull * torch.eye(len(known), dtype=torch.float64), missing)).tolist()
+    towards = features @ wanted.detach().cpu().double().flatten()
+    positions = [position for position, _ in known]
+    return solve_weights((features @ features.T).numpy(), towards.numpy(), positions, target, ridge).tolist()
+
+
+def solve_weights(
+    inner: np.ndarray, towards: np.ndarray, positions: Sequence[float], target: float, ridge: float = RIDGE
+) -> np.ndarray:
+    """Return the weights of :func:`fit_weights` from inner products alone.
+
+    Args:
+        inner: [n, n] fp64, of the snapshots with each other.
+        towards: [n] fp64, of the snapshots with what is wanted.
+        positions: of the snapshots, newest first.
+        target: of what is wanted.
+        ridge: relative to the mean of ``inner``'s diagonal.
+    """
+    line = newton_weights(positions, target, 1)
+    prior = np.array(line + [0.0] * (len(positions) - len(line)))
+    pull = max(ridge * np.trace(inner) / len(positions), _NOTHING)
+    return prior + np.linalg.solve(inner + pull * np.eye(len(positions)), towards - inner @ prior)
 
 
 def _join(values: Sequence[float]) -> str:

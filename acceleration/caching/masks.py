@@ -214,10 +214,6 @@ class Table:
             raise StrettoError(f"table: no module {module!r}; it has {', '.join(self.modules)}")
         return cell[self.modules.index(module)]
 
-    def step_mask(self) -> Mask:
-        """Return, per step, whether anything at all is computed."""
-        return tuple(any(self.computed(step, block) for block in range(self.blocks)) for step in range(self.steps))
-
     def require_shape(self, blocks: int, steps: int | None = None, source: str = "table") -> None:
         """Raise :class:`StrettoError` unless the table fits a model of ``blocks`` blocks (and a run of ``steps``)."""
         if self.blocks != blocks:

@@ -196,7 +196,8 @@ class ModuleSession:
             return torch.cat([history.tensors[0] for history in histories])
         call.scratch[_MADE] = FORECAST
         parts = [
-            weighted_sum(list(history.tensors)[: len(each)], each) for history, each in zip(histories, weights, strict=True)
+            weighted_sum([history.tensors[index] for index in range(len(each))], each)
+            for history, each in zip(histories, weights, strict=True)
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 

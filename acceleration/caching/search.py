@@ -44,7 +44,9 @@ class Run:
 
 
 class Fitter(Protocol):
-    """Fits forecast weights to the model by real runs with the profile's seed."""
+    """Fits forecast weights to the model by real runs with the profile's seed; ``runs`` counts them."""
+
+    runs: int
 
     def prediction(self) -> FitPrediction:
         """Return what one plain run and :data:`~.fit_search.LATENESS` fitted ones predict of every mask."""
@@ -150,14 +152,15 @@ class Search:
                 "and 5 steps are the least"
             )
         self._plain = [self._go(None, seed) for seed in range(self.seeds)]
+        if kind == SSIM and not self._has_ssim():
+            raise StrettoError("SSIM needs pictures of at least 11 pixels a side: choose PSNR")
         ordered = [candidate for candidate in frontier(self._candidates()) if not all(candidate.mask)]
         if not ordered:
             raise StrettoError(f"no mask of {self.profile.steps} steps skips anything")
         found = self._fast(ordered, target) if kind == SPEED else self._close(ordered, kind, target)
         tried, settings = tuple(self.tried.values()), self._settings[found.mask]
-        return Choice(
-            self.tried[found.mask], found, self.profile, tuple(ordered), tried, self.runs, settings, self._cost()
-        )
+        runs = self.runs + (self.fitter.runs if self.forecaster == FITTED else 0)
+        return Choice(self.tried[found.mask], found, self.profile, tuple(ordered), tried, runs, settings, self._cost())
 
     def measure(self, mask: Mask, kind: str = SPEED, target: float = 0.0) -> Measured:
         """Run a mask with every seed, once; later calls answer from memory.
@@ -186,7 +189,6 @@ class Search:
         if self.forecaster != FITTED:
             self._probe()
             return distinct_masks(self.profile, RAILS, self.forecaster, MOST_SKIPS)
-        self.runs += 1 + len(LATENESS)
         prediction, least = self.fitter.prediction(), FIRST + LAST
         sizes = range(self.profile.steps - 1, max(least, self.profile.steps // (MOST_SKIPS + 1)) - 1, -1)
         masks = prediction.best_masks(sizes)
@@ -197,7 +199,6 @@ class Search:
         rails = {"warmup": 0, "tail": 0}
         if self.forecaster != FITTED:
             return {"method": "Schedule", "mask": strip(mask), "order": ORDERS[self.forecaster], **rails}
-        self.runs += 1
         return {"method": "Fitted", **self.fitter.fit(mask).to_settings(), **rails}
 
     def _cost(self) -> float:

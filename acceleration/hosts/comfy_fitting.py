@@ -22,6 +22,7 @@ class EulerFitter:
     def __init__(self, job: SamplingJob, progress: Callable[[], Callback]) -> None:
         self.job, self.progress, self.plain = job, progress, PlainSampler()
         self.fitted: dict[Mask, FittedWeights] = {}
+        self.runs = 0
 
     @staticmethod
     def suits(job: SamplingJob) -> bool:
@@ -42,11 +43,13 @@ class EulerFitter:
     def _quality(self, mask: Mask) -> float:
         """Fit a mask; return how near its run ends to the plain one, in dB."""
         sampler, ends = FittingSampler(mask, self._states()), []
+        self.runs += 1
         self.job.run_with(lambda *args, **kwargs: ends.append(sampler(*args, **kwargs)) or ends[0], self.progress())
         self.fitted[mask] = FittedWeights(mask, sampler.weights, tuple(self.job.sigmas().tolist()))
         return balanced_decibels((ends[0] - self.plain.states[-1]).float().square().flatten(1).mean(1).tolist())
 
     def _states(self) -> list:
         if not self.plain.states:
+            self.runs += 1
             self.job.run_with(self.plain, self.progress())
         return self.plain.states

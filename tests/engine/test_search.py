@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stretto.acceleration.caching.calibration import mask_error
-from stretto.acceleration.caching.fit_search import LATENESS, FitPrediction
+from stretto.acceleration.caching.fit_search import FitPrediction
 from stretto.acceleration.caching.fitting import FittedWeights, FittingSampler, PlainSampler
 from stretto.acceleration.caching.magnitude import flow_sigmas
 from stretto.acceleration.caching.masks import parse_mask, strip
@@ -61,13 +61,16 @@ class ToyFitter:
     """Fits to the toy's first seed."""
 
     def __init__(self, toy):
+        self.runs = 0
         self.toy, self.plain, self.noise = toy, PlainSampler(), torch.from_numpy(np.random.default_rng(0).normal(size=(4, 64)))
 
     def prediction(self):
+        self.runs += 1
         self.plain(self.toy.denoise, self.noise, torch.tensor(SIGMAS))
         return FitPrediction.of(self.plain.states, SIGMAS)
 
     def fit(self, mask):
+        self.runs += 1
         sampler = FittingSampler(mask, self.plain.states)
         sampler(self.toy.denoise, self.noise, torch.tensor(SIGMAS))
         return FittedWeights(mask, sampler.weights, SIGMAS)
@@ -86,7 +89,7 @@ def velocity_profile(toy):
 
 
 def search(toy, **options):
-    return Search(velocity_profile(toy), toy, **{"seeds": 2, "fitter": ToyFitter(toy), **options})
+    return Search(velocity_profile(toy), **{"run": toy, "seeds": 2, "fitter": ToyFitter(toy), **options})
 
 
 @pytest.mark.parametrize("forecaster", ["fitted", "line", "reuse"])
@@ -97,7 +100,8 @@ def test_a_quality_is_met_and_a_bolder_mask_was_tried(toy, forecaster):
     assert choice.measured.mask[:2] == (True, True) and choice.measured.mask[-1]
     bolder = [m for m in choice.tried if sum(m.mask) < sum(choice.measured.mask)]
     assert all(m.judged(PSNR) < 45.0 for m in bolder) and bolder
-    fits = len(choice.tried) + 1 + len(LATENESS) if forecaster == "fitted" else 0
+    fits = len(choice.tried) + 1 if forecaster == "fitted" else 0
+    assert fits == 0 or found.fitter.runs == fits
     assert choice.runs == len(toy.asked) + fits <= found.expected_runs() + 2
     assert len(choice.measured.psnr) == 2 and {seed for _, seed in toy.asked} == {0, 1}
 
@@ -136,6 +140,12 @@ def test_what_cannot_be_met_names_the_best(toy):
         search(toy).choose(SPEED, 15.0)
     with pytest.raises(StrettoError, match="connect a VAE"):
         search(toy).choose(SSIM, 0.9)
+
+    def small(settings, seed):
+        return Run(toy(settings, seed).picture.reshape(4, 8, 8, 1), 1.0)
+
+    with pytest.raises(StrettoError, match="at least 11 pixels a side"):
+        search(toy, pictures=True, run=small).choose(SSIM, 0.9)
 
 
 def test_without_probes_and_with_one_seed_few_runs_are_made(toy):
