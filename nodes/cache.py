@@ -30,7 +30,7 @@ class StrettoCache(io.ComfyNode):
                 "Skips steps of the transformer whose result can be predicted from the steps before. "
                 "The defaults are a good start; Stretto Calibrate finds the settings for a quality or speed you name."
             ),
-            inputs=[*_main(), *_fine(), *_calibrated(), *_storing()],  # saved values are positional: append only
+            inputs=[*_main(), *_fine(), *_calibrated(), *_storing(), *_text()],  # saved values are positional: append only
             outputs=[io.Model.Output(display_name="model")],
         )
 
@@ -48,6 +48,7 @@ class StrettoCache(io.ComfyNode):
         preset_file: str = "",
         calibrated: Preset | None = None,
         store: str = STORES[0],
+        text_features: bool = True,
         **more,
     ) -> io.NodeOutput:
         if preset_file.strip():
@@ -69,6 +70,7 @@ class StrettoCache(io.ComfyNode):
                 **more,
             }
         settings["store"] = store
+        settings["text_features"] = text_features
         return io.NodeOutput(host.request(model, Request("cache", settings, required=required)))
 
 
@@ -240,6 +242,20 @@ def _storing() -> list[io.Input]:
             tooltip="How stored features are kept. as computed: exactly, where the model runs. half: at most two bytes a "
             "number. eighth: one byte (8-bit floating point), coarse. system memory: exactly, away from the graphics "
             "card; every skipped step fetches them.",
+            **ADVANCED,
+        ),
+    ]
+
+
+def _text() -> list[io.Input]:
+    """What is exact, whichever method was chosen."""
+    return [
+        io.Boolean.Input(
+            "text_features",
+            default=True,
+            optional=True,
+            tooltip="Keep text keys: compute the keys and values that depend on the prompt alone once, where the model "
+            "has such and it saves time. The picture stays the same, to the bit. (Wan, LTX-Video, PixArt, Cosmos Predict2)",
             **ADVANCED,
         ),
     ]

@@ -210,13 +210,13 @@ class Decision:
             self.drift.observe(call.evaluation.position, feature, before)
             self._stored = call.evaluation.index
 
-    def computed(self, call: Call, prediction: Callable[[], torch.Tensor]) -> None:
-        """A call of the evaluation was computed; ``prediction`` gives what the rate learns from, if it is needed."""
+    def computed(self, call: Call, prediction: Callable[[], torch.Tensor] | None = None) -> None:
+        """A call of the evaluation was computed; ``prediction`` gives what the rate learns from, where there is one."""
         self._in_a_row = 0
         if call.evaluation.index == self._learned:
             return  # another call of the same evaluation has taught us
-        index = deciding_branch(call)
         if self.rate is not None:
+            index = deciding_branch(call)
             if call.branches[index].name != "cond":
                 return
             self.rate.observe(call.part(call.network_input, index), call.part(prediction(), index))
@@ -234,5 +234,4 @@ class Decision:
 
 def deciding_branch(call: Call) -> int:
     """The conditional branch of a call; the first one where there is none."""
-    names = [branch.name for branch in call.branches]
-    return names.index("cond") if "cond" in names else 0
+    return next((index for index, branch in enumerate(call.branches) if branch.name == "cond"), 0)

@@ -1,5 +1,6 @@
 """Scalars that estimate how much a skipped evaluation would have changed."""
 
+from ctypes import c_float
 from dataclasses import dataclass
 
 import torch
@@ -7,10 +8,22 @@ import torch
 from .store import SAME_POSITION
 
 
+def read(*scalars: torch.Tensor) -> list[float]:
+    """Return the values of scalar tensors of one device, with one host synchronisation."""
+    if scalars[0].device.type == "cpu":
+        return [scalar.item() for scalar in scalars]
+    return torch.stack(scalars).tolist()
+
+
+def quotient(over: float, under: float) -> float:
+    """Return ``over / under`` of two fp32 numbers, rounded to fp32 like a device's division: thresholds may lie on it."""
+    return c_float(over / under).value
+
+
 def relative_change(now: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return mean|now - reference| / mean|reference|, accumulated in fp32, as a scalar on the tensors' device."""
     reference = reference.float()
-    return (now.float() - reference).abs().mean() / reference.abs().mean().clamp(min=1e-12)
+    return (now.float() - reference).abs_().mean() / reference.abs().mean().clamp_(min=1e-12)
 
 
 @dataclass
@@ -43,14 +56,17 @@ class TransformRate:
 
     def observe(self, network_input: torch.Tensor, output: torch.Tensor) -> None:
         """Learn from a computed evaluation: input and output of the conditional branch, equal shapes."""
+        norm = output.float().abs().mean()
         if self.computed_input is not None and self.computed_input.shape == network_input.shape:
-            moved = (network_input.float() - self.computed_input.float()).abs().mean()
-            changed = (output.float() - self.computed_output.float()).abs().mean()
-            if moved > 0:
-                self.kappa = (changed / moved).item()
+            moved = (network_input.float() - self.computed_input.float()).abs_().mean()
+            changed = (output.float() - self.computed_output.float()).abs_().mean()
+            self.output_norm, distance, change = read(norm, moved, changed)
+            if distance > 0:
+                self.kappa = quotient(change, distance)
+        else:
+            self.output_norm = norm.item()
         self.computed_input = network_input.detach().clone()
         self.computed_output = output.detach().clone()
-        self.output_norm = output.float().abs().mean().item()
 
     def reset(self) -> None:
         """Forget everything (a new trajectory has begun)."""

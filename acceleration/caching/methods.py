@@ -176,6 +176,8 @@ class CacheSettings:
         variant: the model within the family that these settings belong to, "" for any.
         origin: the file they come from, for messages.
         store: how features are kept, one of :data:`~.store.STORES`.
+        text_features: whether keys and values that depend on the prompt alone are kept, to the bit
+            (:mod:`.text_features`).
 
     Raises:
         StrettoError: a value is out of range; the message names field, value and range.
@@ -213,6 +215,7 @@ class CacheSettings:
     variant: str = ""
     origin: str = ""
     store: str = "as computed"
+    text_features: bool = False
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -220,6 +223,8 @@ class CacheSettings:
         _one_of("level", self.level, LEVELS)
         _one_of("preset", self.preset, PRESETS)
         _one_of("store", self.store, STORES)
+        if not isinstance(self.text_features, bool):
+            raise StrettoError(f"Stretto Cache: text_features is {self.text_features!r}; it must be true or false")
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:

@@ -8,7 +8,7 @@ import torch
 
 from ...kernels.weighted_sum import weighted_sum
 from .forecast import probe_weights
-from .indicator import relative_change
+from .indicator import quotient, read, relative_change
 from .store import SAME_POSITION
 
 
@@ -47,7 +47,9 @@ class Probe(Protocol):
 
 def relative_l1(now: torch.Tensor, reference: torch.Tensor) -> float:
     """mean|now - reference| / mean|reference|, accumulated in fp32."""
-    return relative_change(now, reference).item()
+    reference = reference.float()
+    change, size = read((now.float() - reference).abs_().mean(), reference.abs().mean())
+    return quotient(change, max(size, 1e-12))
 
 
 def elementwise_l1(now: torch.Tensor, reference: torch.Tensor) -> float:
@@ -78,11 +80,13 @@ class RelativeChange:
         self._added = None if start is None else tensor - start  # a tensor of our own: computed() need not copy it
         tensor = tensor if start is None else self._added
         reference = self.references.get(key)
-        if self.previous:
+        known = reference is not None and reference.shape == tensor.shape
+        change = relative_l1(tensor, reference) if known else None
+        if self.previous and known and reference.dtype == tensor.dtype:
+            reference.copy_(tensor)
+        elif self.previous:
             self.references[key] = _copy(tensor)
-        if reference is None or reference.shape != tensor.shape:
-            return None
-        return relative_l1(tensor, reference)
+        return change
 
     def computed(self, key: Hashable, tensor: torch.Tensor, position: float, start: torch.Tensor | None = None) -> None:
         """Make this evaluation the reference."""
@@ -196,4 +200,4 @@ def _added(tensor: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     # contiguous_format: a slice of a merged batch must not keep the whole batch alive.
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+    return (tensor.detach() if tensor.requires_grad else tensor).clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
 """A cache at work: one decision per evaluation, one tap, one store."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..sampling import Coordinate
 from .decision import Decision, deciding_branch
 from .store import History, SnapshotStore
 from .tap import BLOCKS, DELTA, DENOISED, Tap
+from .text_features import TextFeatures
 
 Weights = Callable[[Sequence[float], float], list[float]]
 
@@ -29,6 +30,7 @@ class CacheSession:
         network: the network, for the probe of a first block's input.
         descriptor: its family.
         coordinate: evaluation -> the coordinate that forecasts are made in.
+        text: what keeps keys and values of the prompt, None where nothing does.
     """
 
     tap: Tap
@@ -38,6 +40,9 @@ class CacheSession:
     network: Any
     descriptor: ModelDescriptor | None
     coordinate: Coordinate
+    text: TextFeatures | None = None
+    _targets: dict[Hashable, slice | None] = field(default_factory=dict, repr=False)
+    _watched: tuple[Tap, frozenset[int]] | None = field(default=None, repr=False)
 
     @property
     def joint(self) -> bool:
@@ -47,12 +52,12 @@ class CacheSession:
     @property
     def bytes(self) -> int:
         """Bytes stored now."""
-        return self.store.bytes
+        return self.store.bytes + (self.text.bytes if self.text else 0)
 
     @property
     def peak_bytes(self) -> int:
         """Most bytes ever stored in this run."""
-        return self.store.peak_bytes
+        return self.store.peak_bytes + (self.text.peak_bytes if self.text else 0)
 
     def begin(self, evaluation: Evaluation) -> None:
         """Decide about the evaluation, or leave that to the probe in its first call; every branch follows."""
@@ -64,6 +69,8 @@ class CacheSession:
             self._decide(call)
         if call.decisions and call.decisions[0] != COMPUTED and self.tap.kind != BLOCKS:
             return self._forecast_denoised(call)
+        if self.text is not None:
+            self.text.begin(call)
         denoised = compute()  # on a skipped step the blocks do the skipping; embeddings and head run as ever
         if not call.decisions or call.decisions[0] == COMPUTED:
             call.decisions = (COMPUTED,) * len(call.branches)
@@ -74,26 +81,21 @@ class CacheSession:
         """Blocks whose hooks this call needs, by depth; None for all."""
         if self.tap.kind != BLOCKS or not call.skippable:
             return frozenset()
-        if not call.decisions or call.decisions[0] != COMPUTED:
-            return None
-        wanted = {self.tap.last - 1}
-        if self.tap.residual:
-            wanted.add(self.tap.first)
-        if self.joint:  # the first block tells the number of text tokens
-            wanted.add(0)
-        return frozenset(wanted)
+        return self._watch() if call.decisions and call.decisions[0] == COMPUTED else None
 
     def block(self, call: Call, site: BlockSite, args: dict, original: Callable[[dict], dict]) -> dict:
         """Run, observe or replace one block; see :class:`~..run.Session`."""
         if self.tap.kind != BLOCKS or not call.skippable:
             return original(args)
+        if call.decisions and call.decisions[0] == COMPUTED and site.depth not in self._watch():
+            return original(args)  # decided by a probe after the hooks were set
         if args.get("txt") is not None:
             call.text_tokens = args["txt"].shape[1]
         image = self.descriptor.image_slice(site.kind, args, call.text_tokens)
         probe = self.decision.probe if call.evaluation.pending else None
         if probe is not None and site.depth == 0:
             if probe.blocks == 0:
-                self._measure(call, self._shown(call, self.descriptor.tea_input(self.network, args)))
+                self._measure(call, self._tea_input(call, args))
             elif not probe.raw:
                 call.scratch["start"] = self._shown(call, args["img"][:, image]).clone()
         if not self.tap.first <= site.depth < self.tap.last:
@@ -114,6 +116,19 @@ class CacheSession:
     def close(self) -> None:
         """Free everything."""
         self.reset()
+        if self.text is not None:
+            self.text.clear()
+
+    def _watch(self) -> frozenset[int]:
+        """Return the depths of the blocks whose hooks a call needs that is computed; worked out once."""
+        if self._watched is None or self._watched[0] is not self.tap:
+            wanted = {self.tap.last - 1}
+            if self.tap.residual:
+                wanted.add(self.tap.first)
+            if self.joint:  # the first block tells the number of text tokens
+                wanted.add(0)
+            self._watched = self.tap, frozenset(wanted)
+        return self._watched[1]
 
     def _decide(self, call: Call) -> None:
         """Set the call's decisions. One branch without history computes the whole call: the batch cannot be split."""
@@ -123,24 +138,43 @@ class CacheSession:
         else:
             call.decisions = (COMPUTED,) * len(call.branches)
 
+    def _tea_input(self, call: Call, args: dict) -> torch.Tensor:
+        """Return TeaCache's indicator tensor for the deciding branch's target tokens."""
+        image, vec, rows = args["img"], args["vec"], call.rows * len(call.branches)
+        if not (isinstance(vec, torch.Tensor) and image.shape[0] == vec.shape[0] == rows):
+            return self._shown(call, self.descriptor.tea_input(self.network, args))
+        index = deciding_branch(call)
+        own = {**args, "img": call.part(image, index), "vec": call.part(vec, index)}  # nobody asks about the others
+        return self._of_target(call, self.descriptor.tea_input(self.network, own))
+
     def _shown(self, call: Call, tensor: torch.Tensor) -> torch.Tensor:
         """Return the deciding branch's target tokens of a stream [B, N, C]."""
-        return call.part(tensor, deciding_branch(call))[:, self._target(call, tensor)]
+        return self._of_target(call, call.part(tensor, deciding_branch(call)))
 
-    def _target(self, call: Call, tensor: torch.Tensor) -> slice:
-        """Return where the target's tokens are: reference pictures hardly change and would dilute a signal."""
-        return self.descriptor.target_slice(self.network, call.network_input.shape, tensor.shape[1])
+    def _of_target(self, call: Call, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the target's tokens: reference pictures hardly change and would dilute a signal."""
+        key = call.network_input.shape, tensor.shape[1]
+        if key not in self._targets:
+            target = self.descriptor.target_slice(self.network, *key)
+            self._targets[key] = None if target == slice(0, key[1]) else target
+        target = self._targets[key]
+        return tensor if target is None else tensor[:, target]
 
     def _measure(self, call: Call, seen: torch.Tensor, start: torch.Tensor | None = None) -> None:
         """Let the probe look, and decide."""
         key, at = call.branches[deciding_branch(call)].key, self.coordinate(call.evaluation)
-        self.decision.settle(call.evaluation, self.decision.probe.measure(key, seen, at, start))
+        probe = self.decision.probe
+        self.decision.settle(call.evaluation, probe.measure(key, seen, at, start))
         self._decide(call)
         if call.decisions[0] == COMPUTED:
-            self.decision.probe.computed(key, seen, at, start)
+            probe.computed(key, seen, at, start)
 
     def _learn(self, call: Call, denoised: torch.Tensor) -> None:
         """Store what lies outside the blocks, and let the decision learn."""
+        if self.tap.kind == BLOCKS and self.decision.rate is None:
+            if call.skippable:
+                self.decision.computed(call)
+            return
         made: list[torch.Tensor] = []
 
         def prediction() -> torch.Tensor:
@@ -149,10 +183,11 @@ class CacheSession:
             return made[0]
 
         if self.tap.kind == DENOISED:
-            self._push(call, denoised.float() - _latent(call))
+            self._push(call, denoised.float(), _latent(call))
+        elif self.tap.kind == DELTA:
+            self._push(call, prediction().float(), call.network_input.float())
         elif self.tap.kind != BLOCKS:
-            taken = prediction().float()
-            self._push(call, taken - call.network_input.float() if self.tap.kind == DELTA else taken)
+            self._push(call, prediction().float())
         if call.skippable:
             self.decision.computed(call, (lambda: denoised) if self.tap.kind == DENOISED else prediction)
 
@@ -167,10 +202,11 @@ class CacheSession:
             words = out.get("txt")
         if self.tap.residual:
             entry, entry_words = call.scratch["entry"]
-            pictures = pictures - entry
             if not site.last and words is not None:
-                self._push(call, words - entry_words, "text")
-        self._push(call, pictures)
+                self._push(call, words, entry_words, "text")
+            self._push(call, pictures, entry)
+        else:
+            self._push(call, pictures)
         return out
 
     def _bypass(self, call: Call, site: BlockSite, args: dict, image: slice) -> dict:
@@ -202,24 +238,28 @@ class CacheSession:
             pictures, words = _split(args["img"], image)
             if site.kind in self.descriptor.txt_out:
                 words = args.get("txt")
-            call.scratch["entry"] = (pictures.clone(), words.clone() if words is not None else None)
+            call.scratch["entry"] = pictures.clone(), words.clone() if words is not None else None
 
-    def _push(self, call: Call, tensor: torch.Tensor, slot: str = "") -> None:
+    def _push(self, call: Call, tensor: torch.Tensor, less: torch.Tensor | None = None, slot: str = "") -> None:
+        """Store ``tensor``, or what it exceeds ``less`` by, of every branch."""
         if not call.skippable:
             return  # such a call will never read it
+        branches, at = call.branches, self.coordinate(call.evaluation)
+        parts = _parts(call, tensor)
+        if less is not None:
+            parts = [part - other for part, other in zip(parts, _parts(call, less), strict=True)]
         if not slot and self.decision.drift is not None:
-            self._compare(call, tensor)
-        at = self.coordinate(call.evaluation)
-        for index, branch in enumerate(call.branches):
-            self.store.push((branch.key, slot) if slot else branch.key, at, call.part(tensor, index))
+            self._compare(call, parts[deciding_branch(call)])
+        for branch, part in zip(branches, parts, strict=True):
+            self.store.push((branch.key, slot) if slot else branch.key, at, part, ours=less is not None)
 
-    def _compare(self, call: Call, tensor: torch.Tensor) -> None:
+    def _compare(self, call: Call, feature: torch.Tensor) -> None:
         """Show the decision what the deciding branch is about to store, and what it stored last."""
-        index = deciding_branch(call)
-        feature, history = call.part(tensor, index), self.store.get(call.branches[index].key)
-        target = self._target(call, tensor) if self.tap.kind == BLOCKS else slice(None)
-        before = None if history is None else history.tensors[0][:, target]
-        self.decision.stored(call, feature[:, target], before)
+        history, blocks = self.store.get(call.branches[deciding_branch(call)].key), self.tap.kind == BLOCKS
+        before = None if history is None else history.tensors[0]
+        if blocks:
+            feature, before = (None if of is None else self._of_target(call, of) for of in (feature, before))
+        self.decision.stored(call, feature, before)
 
     def _weights(self, history: History, at: float) -> Sequence[float]:
         """Weights over a branch's snapshots: what was measured says, where it does and they reach that far back."""
@@ -247,6 +287,14 @@ class CacheSession:
         return call.to_denoised(forecast + call.network_input.float() if self.tap.kind == DELTA else forecast)
 
 
+def _parts(call: Call, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the rows of every branch, as views."""
+    count = len(call.branches)
+    if tensor.shape[0] == count * call.rows:
+        return tensor.chunk(count)
+    return [call.part(tensor, index) for index in range(count)]
+
+
 def _latent(call: Call) -> torch.Tensor:
     """Return what remains when the network predicts nothing: the latent itself, for flow and epsilon models."""
     return call.to_denoised(torch.zeros_like(call.network_input, dtype=torch.float32))
@@ -254,7 +302,10 @@ def _latent(call: Call) -> torch.Tensor:
 
 def _split(stream: torch.Tensor, image: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Image tokens of a stream [B, N, C], and the text tokens before or behind them, None where there are none."""
-    start, stop, _ = image.indices(stream.shape[1])
+    length = stream.shape[1]
+    start, stop, _ = image.indices(length)
+    if start == 0 and stop == length:
+        return stream, None
     words = stream[:, :start] if start else stream[:, stop:]
     return stream[:, start:stop], words if words.shape[1] else None
 

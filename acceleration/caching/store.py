@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -40,15 +41,22 @@ class StorePolicy:
         """Return the bytes that a snapshot of ``tensor`` takes, wherever it is kept."""
         if self.narrows(tensor):
             return tensor.numel() * self.dtype.itemsize + _SCALE_BYTES
-        return tensor.numel() * tensor.element_size()
+        return tensor.nbytes
 
-    def keep(self, tensor: torch.Tensor) -> "Snapshot":
-        """Return a snapshot of ``tensor``, a copy; see :class:`Snapshot` for what it costs in precision."""
-        tensor, scale = tensor.detach(), None
+    def keep(self, tensor: torch.Tensor, ours: bool = False) -> "Snapshot":
+        """Return a snapshot of ``tensor``; see :class:`Snapshot` for what it costs in precision.
+
+        Args:
+            tensor: what to keep.
+            ours: whether nobody else will write to it, and nothing else lives in its memory: it need not be copied.
+        """
+        tensor, scale = tensor.detach() if tensor.requires_grad else tensor, None
         if self.narrows(tensor):
             values, scale = _narrowed(tensor, self.dtype)
         elif self.in_system_memory:
             values = tensor
+        elif ours:
+            values = tensor.contiguous()
         else:
             # contiguous_format: a slice of a merged batch must not keep the whole batch alive.
             values = tensor.clone(memory_format=torch.contiguous_format)
@@ -73,8 +81,7 @@ POLICIES = {
 STORES = ("as computed", "half", "eighth", "system memory")
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """One tensor as it is stored.
 
     Narrowed values are ``tensor / scale`` with ``scale = max|tensor| / (largest value of the type)``, rounded to nearest.
@@ -97,7 +104,7 @@ class Snapshot:
     @property
     def bytes(self) -> int:
         """Bytes it takes."""
-        return self.values.numel() * self.values.element_size() + (0 if self.scale is None else _SCALE_BYTES)
+        return self.values.nbytes + (0 if self.scale is None else _SCALE_BYTES)
 
     def read(self) -> torch.Tensor:
         """Return the tensor in its dtype and on its device: the stored one itself where that is what it is."""
@@ -151,8 +158,15 @@ class SnapshotStore:
     bytes: int = 0
     peak_bytes: int = 0
 
-    def push(self, key: Hashable, position: float, tensor: torch.Tensor) -> bool:
-        """Store a copy of ``tensor`` taken at ``position``; return False when the budget forbids it."""
+    def push(self, key: Hashable, position: float, tensor: torch.Tensor, ours: bool = False) -> bool:
+        """Store ``tensor`` taken at ``position``; return False when the budget forbids it.
+
+        Args:
+            key: what it belongs to.
+            position: where it was taken.
+            tensor: any; a copy of it is stored.
+            ours: whether it may be stored itself (:meth:`StorePolicy.keep`).
+        """
         history = self.histories.get(key)
         if history is not None and history.snapshots[0].values.shape != tensor.shape:
             self.drop(key)
@@ -168,7 +182,7 @@ class SnapshotStore:
             self.drop(key)
             return False
         history.positions.appendleft(position)
-        history.snapshots.appendleft(self.policy.keep(tensor))
+        history.snapshots.appendleft(self.policy.keep(tensor, ours))
         self.bytes += size
         self.peak_bytes = max(self.peak_bytes, self.bytes)
         return True

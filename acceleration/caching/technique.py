@@ -21,6 +21,7 @@ from .probe import ForecastError, Probe, RelativeChange, Trajectory, elementwise
 from .session import CacheSession, Weights
 from .store import POLICIES, SnapshotStore
 from .tap import BLOCKS, DELTA, OUTPUT, TABLE
+from .text_features import text_features
 
 #: Share of the free device memory that stored features may take.
 MEMORY_SHARE = 0.5
@@ -60,7 +61,11 @@ class CacheTechnique:
             MagnitudeCurve.from_text(settings.curve)
 
     def inside_blocks(self, request: Request) -> bool:
-        """Return whether the method acts on modules inside blocks."""
+        """Return whether the request acts on anything inside blocks."""
+        return self.whole_modules(request) or keeps_text(request)
+
+    def whole_modules(self, request: Request) -> bool:
+        """Return whether the method acts on attentions and MLPs inside blocks."""
         return request.settings.get("method") in OF_MODULES
 
     def resolve(self, request: Request, facts: Facts) -> Outcome:
@@ -108,6 +113,12 @@ class CacheTechnique:
             notes.append(
                 f"{facts.sampler.name} evaluates more than once a step: evaluations of a step share a decision"
             )
+        text, text_bytes = None, 0
+        if keeps_text(request):
+            on_device = 0 if budget.policy.in_system_memory else budget.needed
+            text, text_bytes = text_features(
+                facts, int(facts.free_bytes * MEMORY_SHARE) - on_device, request.force, notes
+            )
         session = CacheSession(
             tap,
             weights,
@@ -116,6 +127,7 @@ class CacheTechnique:
             facts.network,
             facts.descriptor,
             coordinate_of(settings.coordinate),
+            text,
         )
         notes = [*filter(None, (origin, look_alike(settings, facts.descriptor.family, facts.variant))), *notes]
         notes.insert(0, _headline(settings.method, plan.mask, rails, steps))
@@ -125,9 +137,15 @@ class CacheTechnique:
             "; ".join(notes),
             session=session,
             needs_blocks=tap.kind == BLOCKS,
-            reserve_bytes=budget.reserve,
-            **memory,
+            reserve_bytes=budget.reserve + text_bytes,
+            store_bytes=budget.needed + text_bytes,
+            budget_bytes=budget.allowed,
         )
+
+
+def keeps_text(request: Request) -> bool:
+    """Return whether a request asks for keys and values of the text to be kept."""
+    return request.technique == "cache" and bool(request.settings.get("text_features"))
 
 
 @dataclass

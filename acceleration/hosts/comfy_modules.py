@@ -1,13 +1,18 @@
 """How ComfyUI's modules inside blocks are reached: object patches on ``forward``, and an attention override."""
 
+import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..caching.technique import keeps_text
+from ..caching.text_features import TEXT
+from ..compatibility import TECHNIQUES
 from ..evaluation import Call
-from ..models import ModelDescriptor, ModulePart, describe
+from ..models import ModelDescriptor, ModulePart, TextPart, describe
+from ..plan import Plan, Request
 
 #: Returns the network call in progress, None outside of one.
 Current = Callable[[], Call | None]
@@ -31,16 +36,58 @@ class ModulePatch:
         return call.inside(call, self.part, lambda: self.original(*args, **kwargs))
 
 
+@dataclass(frozen=True, eq=False)
+class TextPatch:
+    """Object patch in the place of a text projection's ``forward``: passes through, unless the call keeps text features."""
+
+    part: TextPart
+    original: Callable
+    current: Current
+
+    def __call__(self, given: Any, *args: Any, **kwargs: Any) -> Any:
+        # A compiled network takes the projection alone into its graph.
+        call = None if args or kwargs or torch.compiler.is_compiling() else self.current()
+        keep = None if call is None else call.scratch.get(TEXT)
+        return self.original(given, *args, **kwargs) if keep is None else keep(self.part, given, self.original)
+
+
 def reach_modules(clone: Any, current: Current) -> None:
-    """Patch the cacheable modules of a MODEL, in front of what patches them already; once, however often it is asked."""
+    """Patch what the plan of a MODEL needs to reach inside blocks; once, however often it is asked.
+
+    Cacheable modules are patched in front of what patches them already; text projections only where nobody does.
+    """
     network = clone.model.diffusion_model
     descriptor = describe(network)
-    for site in descriptor.module_sites(network) if descriptor else ():
+    if descriptor is None:
+        return
+    plan: Plan = clone.model_options["transformer_options"]["stretto_plan"]
+    if any(_whole_modules(request) for request in plan.requests):
+        _reach_sites(clone, network, descriptor, current)
+    if any(keeps_text(request) for request in plan.requests):
+        _reach_text(clone, network, descriptor, current)
+
+
+def _whole_modules(request: Request) -> bool:
+    """Whether a request acts on cacheable modules; one that keeps text features may reach inside blocks for these alone."""
+    technique = TECHNIQUES[request.technique]
+    return technique.inside_blocks(request) and (not keeps_text(request) or technique.whole_modules(request))
+
+
+def _reach_sites(clone: Any, network: Any, descriptor: ModelDescriptor, current: Current) -> None:
+    for site in descriptor.module_sites(network):
         for part in site.parts:
             name = _forward_of(part.path)
             original = clone.get_model_object(name)
             if not isinstance(original, ModulePatch):
                 clone.add_object_patch(name, ModulePatch(part, original, current))
+
+
+def _reach_text(clone: Any, network: Any, descriptor: ModelDescriptor, current: Current) -> None:
+    for part in descriptor.text_parts(network):
+        name = _forward_of(part.path)
+        original = clone.get_model_object(name)
+        if inspect.ismethod(original) and original.__self__ is network.get_submodule(part.path):
+            clone.add_object_patch(name, TextPatch(part, original, current))
 
 
 def modules_in_place(patcher: Any, network: Any, descriptor: ModelDescriptor | None) -> bool:

@@ -7,7 +7,7 @@ from .hookless import COSMOS_PREDICT2, HIDREAM, LUMINA2, PIXART
 from .hunyuan_video import HUNYUAN_VIDEO
 from .ltxv import LTXV
 from .mochi import MOCHI
-from .modules import MODULE_NAMES, ModulePart, ModuleSite
+from .modules import MODULE_NAMES, ModulePart, ModuleSite, TextPart
 from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
 from .wan import WAN, WAN_VACE
@@ -40,4 +40,4 @@ def describe(network: object) -> ModelDescriptor | None:
     return next((family for family in FAMILIES if name in family.networks), None)
 
 
-__all__ = ["FAMILIES", "MODULE_NAMES", "BlockSite", "ModelDescriptor", "ModulePart", "ModuleSite", "describe"]
+__all__ = ["FAMILIES", "MODULE_NAMES", "BlockSite", "ModelDescriptor", "ModulePart", "ModuleSite", "TextPart", "describe"]

@@ -37,5 +37,7 @@ AURAFLOW = ModelDescriptor(
     hooks=frozenset({"block_replace", "diffusion_model", "attention_override"}),
     tea_input=_modulated_image,
     module_lists=(("double_block", "double_layers", _DOUBLE), ("single_block", "single_layers", _SINGLE)),
+    joint_text=lambda network: "first",
+    joint_text_tokens=lambda network, tokens: tokens + network.register_tokens.shape[1],
     variant=_variant,
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .modules import MODULE_NAMES, Layout, ModuleSite, present
+from .modules import MODULE_NAMES, Layout, ModuleSite, TextPart, present
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,14 @@ def _never(network: Any) -> bool:
     return False
 
 
+def _nowhere(network: Any) -> str:
+    return ""
+
+
+def _as_given(network: Any, tokens: int) -> int:
+    return tokens
+
+
 @dataclass(frozen=True)
 class ModelDescriptor:
     """What the engine knows of a family. Adding a family is adding one of these.
@@ -81,6 +89,15 @@ class ModelDescriptor:
             gives access to it.
         module_lists: (kind, attribute holding the blocks, their cacheable modules) in execution order: the blocks of
             ``block_lists``, or blocks that no hook of their own leads to.
+        joint_text: network -> where text stands in its self-attention: ``"first"``, ``"last"``, or ``""`` where it
+            takes no part. Reference pictures then stand at the far end of the image tokens, or with
+            ``reference_first`` at the near one.
+        joint_text_tokens: (network, length of the text it is given) -> text tokens in its self-attention, 0 where
+            that is not known.
+        text_projections: (attribute holding blocks, chains of paths in each of them). The first part of a chain is given
+            text, or a picture that is a condition, which is the same at every step; every further part is given what the
+            part before it returned. Absent parts are left out.
+        text_tokens: length of the text that these are given, as far as it is known beforehand.
         variant: network -> name, within the family, of the published model that has exactly these sizes, as presets
             spell it; "" for others. Models that differ in weights alone share a name.
     """
@@ -101,6 +118,10 @@ class ModelDescriptor:
     reference_first: Callable[[Any], bool] = _never
     tea_input: Callable[[Any, dict[str, Any]], torch.Tensor] | None = None
     module_lists: tuple[tuple[str, str, tuple[Layout, ...]], ...] = ()
+    joint_text: Callable[[Any], str] = _nowhere
+    joint_text_tokens: Callable[[Any, int], int] = _as_given
+    text_projections: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
+    text_tokens: int = 512
     variant: Callable[[Any], str] = _no_variant
 
     @property
@@ -135,6 +156,19 @@ class ModelDescriptor:
                 )
                 if outputs:
                     made.append(ModuleSite(depth, layout.names, outputs, inner))
+        return tuple(made)
+
+    def text_parts(self, network: Any) -> tuple[TextPart, ...]:
+        """Return the parts of ``network`` that make keys and values of text alone, in execution order."""
+        made = []
+        for name, chains in self.text_projections:
+            for index, block in enumerate(getattr(network, name, ())):
+                for paths in (present(block, chain) for chain in chains):
+                    full = [f"{name}.{index}.{path}" for path in paths]
+                    made += [
+                        TextPart(path, full[-1], first=place == 0, last=place == len(full) - 1)
+                        for place, path in enumerate(full)
+                    ]
         return tuple(made)
 
     def module_blocks(self, network: Any) -> int:
@@ -172,7 +206,7 @@ class ModelDescriptor:
             args: the arguments of its hook.
             text_tokens: length of ``txt`` in the blocks that had it apart.
         """
-        if kind not in self.text_in_stream | self.text_after_image:
+        if kind not in self.text_in_stream and kind not in self.text_after_image:
             return slice(0, args["img"].shape[1])
         # From 0.14 ComfyUI puts text first in every family, and says so here.
         told = (args.get("transformer_options") or {}).get("img_slice")

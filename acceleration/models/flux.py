@@ -68,6 +68,7 @@ FLUX = ModelDescriptor(
     output_channels=_output_channels,
     tea_input=modulated_image,
     module_lists=(("double_block", "double_blocks", FLUX_DOUBLE), ("single_block", "single_blocks", FLUX_SINGLE)),
+    joint_text=lambda network: "first",
     variant=_flux_variant,
 )
 
@@ -84,5 +85,6 @@ CHROMA = ModelDescriptor(
     output_channels=_output_channels,
     tea_input=modulated_image,
     module_lists=(("double_block", "double_blocks", FLUX_DOUBLE), ("single_block", "single_blocks", FLUX_SINGLE)),
+    joint_text=lambda network: "first",
     variant=_chroma_variant,
 )

@@ -32,6 +32,11 @@ def _lumina_variant(network: Any) -> str:
     return _LUMINA.get((network.dim, len(network.layers)), "")
 
 
+def _lumina_text(network: Any, tokens: int) -> int:
+    """Z-Image fills its text up to a multiple."""
+    return tokens + -tokens % (getattr(network, "pad_tokens_multiple", None) or 1)
+
+
 def _pixart_variant(network: Any) -> str:
     text = network.y_embedder.y_embedding.shape[0]
     return _PIXART.get((network.hidden_size, len(network.blocks), text, network.micro_conditioning), "")
@@ -55,6 +60,8 @@ LUMINA2 = ModelDescriptor(
     hidden_size=lambda network: network.dim,
     hooks=frozenset({"diffusion_model", "attention_override"}),
     module_lists=(("layer", "layers", _LUMINA_MODULES),),
+    joint_text=lambda network: "first",
+    joint_text_tokens=_lumina_text,
     variant=_lumina_variant,
 )
 
@@ -67,6 +74,8 @@ PIXART = ModelDescriptor(
     hooks=frozenset(),
     output_channels=lambda network: network.in_channels,  # the learned variance is cut off
     module_lists=(("block", "blocks", _PIXART_MODULES),),
+    text_projections=(("blocks", (("cross_attn.kv_linear",),)),),
+    text_tokens=300,
     variant=_pixart_variant,
 )
 
@@ -79,6 +88,8 @@ COSMOS_PREDICT2 = ModelDescriptor(
     hooks=frozenset({"diffusion_model", "attention_override"}),
     patch_size=lambda network: (network.patch_temporal, network.patch_spatial, network.patch_spatial),
     module_lists=(("block", "blocks", _COSMOS_MODULES),),
+    # Keys are normed head by head, behind a change of shape: their norm runs as ever.
+    text_projections=(("blocks", (("cross_attn.k_proj",), ("cross_attn.v_proj",))),),
     variant=_cosmos_variant,
 )
 
@@ -93,5 +104,6 @@ HIDREAM = ModelDescriptor(
         ("double_block", "double_stream_blocks", _HIDREAM_MODULES),
         ("single_block", "single_stream_blocks", _HIDREAM_MODULES),
     ),
+    joint_text=lambda network: "last",
     variant=_hidream_variant,
 )

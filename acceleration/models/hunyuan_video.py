@@ -23,6 +23,17 @@ def _variant(network: Any) -> str:
     return _VARIANTS.get((*sizes, tuple(network.patch_size), network.in_channels, network.out_channels), "")
 
 
+def _joint_text(network: Any) -> str:
+    """Before 0.14 ComfyUI's double blocks know themselves as flipped: image first."""
+    return "last" if getattr(network.double_blocks[0], "flipped_img_txt", False) else "first"
+
+
+def _joint_text_tokens(network: Any, tokens: int) -> int:
+    """Versions that also read glyphs or see a picture add tokens of their own, how many is not told."""
+    more = getattr(network, "byt5_in", None) is not None or getattr(network, "vision_in", None) is not None
+    return 0 if more else tokens
+
+
 HUNYUAN_VIDEO = ModelDescriptor(
     family="hunyuan_video",
     networks=("HunyuanVideo",),
@@ -35,5 +46,7 @@ HUNYUAN_VIDEO = ModelDescriptor(
     reference_first=lambda network: True,
     tea_input=modulated_image,
     module_lists=(("double_block", "double_blocks", FLUX_DOUBLE), ("single_block", "single_blocks", FLUX_SINGLE)),
+    joint_text=_joint_text,
+    joint_text_tokens=_joint_text_tokens,
     variant=_variant,
 )

@@ -35,5 +35,8 @@ LTXV = ModelDescriptor(
     patch_size=lambda network: network.patchifier.patch_size,
     tea_input=_modulated_image,
     module_lists=(("double_block", "transformer_blocks", _MODULES),),
+    # The text passes an embedding that knows nothing of the timestep, and reaches every block as it is.
+    text_projections=(("transformer_blocks", (("attn2.to_k", "attn2.k_norm"), ("attn2.to_v",))),),
+    text_tokens=128,
     variant=_variant,
 )

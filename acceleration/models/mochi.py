@@ -30,5 +30,6 @@ MOCHI = ModelDescriptor(
     hooks=frozenset({"block_replace", "attention_override"}),
     tea_input=_modulated_image,
     module_lists=(("double_block", "blocks", _MODULES),),
+    joint_text=lambda network: "last",
     variant=_variant,
 )

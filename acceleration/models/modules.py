@@ -70,6 +70,23 @@ class ModulePart:
     inner: bool = False
 
 
+@dataclass(frozen=True)
+class TextPart:
+    """One part of a chain of parts that turn text, and nothing else, into keys or values.
+
+    Attributes:
+        path: path of the part from the network.
+        chain: path of the chain's last part, which names it.
+        first: whether it is given the text.
+        last: whether the chain ends with it.
+    """
+
+    path: str
+    chain: str
+    first: bool = True
+    last: bool = True
+
+
 def present(block: object, paths: tuple[str, ...]) -> tuple[str, ...]:
     """Return those of the dotted ``paths`` that lead to something in ``block``."""
     return tuple(path for path in paths if _reach(block, path) is not None)

@@ -32,5 +32,6 @@ QWEN_IMAGE = ModelDescriptor(
     hooks=frozenset({"block_replace", "diffusion_model", "attention_override"}),
     tea_input=_modulated_image,
     module_lists=(("double_block", "transformer_blocks", _MODULES),),
+    joint_text=lambda network: "first",
     variant=_variant,
 )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .descriptor import ModelDescriptor
-from .modulation import modulate, shift_and_scale
+from .modulation import leading, modulate, shift_and_scale
 from .modules import ATTN, MLP, Layout
 
 #: (width, blocks, whether some blocks have a second attention over the image alone)
@@ -34,7 +34,9 @@ def _variant(network: Any) -> str:
 def _modulated_image(network: Any, args: dict[str, Any]) -> torch.Tensor:
     """Return ``norm1(img)`` under the first block's shift and scale. No coefficients were published for it."""
     block, image = network.joint_blocks[0].x_block, args["img"]
-    return modulate(block.norm1(image), *shift_and_scale(block.adaLN_modulation(args["vec"]), image.shape[-1]))
+    activation, projection = block.adaLN_modulation
+    width = image.shape[-1]  # shift and scale come first, and are all that is asked for
+    return modulate(block.norm1(image), *shift_and_scale(leading(projection, activation(args["vec"]), 2 * width), width))
 
 
 SD3 = ModelDescriptor(
@@ -46,5 +48,6 @@ SD3 = ModelDescriptor(
     hooks=frozenset({"block_replace", "attention_override"}),
     tea_input=_modulated_image,
     module_lists=(("double_block", "joint_blocks", _MODULES),),
+    joint_text=lambda network: "first",
     variant=_variant,
 )

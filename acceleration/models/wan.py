@@ -26,6 +26,15 @@ _VACE = {(1536, 30, 15): "2.1-1.3b", (5120, 40, 8): "2.1-14b"}
 _MODULES = (Layout((ATTN,), ("self_attn",)), Layout((CROSS_ATTN,), ("cross_attn",)), Layout((MLP,), ("ffn",)))
 
 
+#: Text, and the picture that image-to-video is given beside it, pass an embedding each and reach every block as they are.
+_TEXT = (
+    ("cross_attn.k", "cross_attn.norm_k"),
+    ("cross_attn.v",),
+    ("cross_attn.k_img", "cross_attn.norm_k_img"),
+    ("cross_attn.v_img",),
+)
+
+
 def _wan_variant(network: Any) -> str:
     if network.ref_conv is not None:
         return ""  # Fun models
@@ -58,6 +67,7 @@ WAN = ModelDescriptor(
     reference_first=lambda network: network.ref_conv is not None,
     tea_input=_time_embedding,
     module_lists=(("double_block", "blocks", _MODULES),),
+    text_projections=(("blocks", _TEXT),),
     variant=_wan_variant,
 )
 
@@ -71,5 +81,6 @@ WAN_VACE = ModelDescriptor(
     output_channels=lambda network: network.out_dim,
     # Wan's own blocks: VACE's run once for every picture or clip they are given.
     module_lists=(("double_block", "blocks", _MODULES),),
+    text_projections=(("blocks", _TEXT), ("vace_blocks", _TEXT)),
     variant=_vace_variant,
 )

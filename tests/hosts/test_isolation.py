@@ -90,8 +90,8 @@ def test_no_tensor_survives_its_run(cached, monkeypatch):
     alive: list[weakref.ref] = []
     push = store_module.SnapshotStore.push
 
-    def spy(self, key, position, tensor):
-        kept = push(self, key, position, tensor)
+    def spy(self, key, position, tensor, **options):
+        kept = push(self, key, position, tensor, **options)
         alive.append(weakref.ref(self.histories[key].tensors[0]))
         return kept
 

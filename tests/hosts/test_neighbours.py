@@ -59,8 +59,8 @@ def test_controlnet_stays_exact_when_engaged_and_never_touches_the_store(tiny, c
     kept = []
     push = store_module.SnapshotStore.push
 
-    def spy(self, key, position, tensor):
-        result = push(self, key, position, tensor)
+    def spy(self, key, position, tensor, **options):
+        result = push(self, key, position, tensor, **options)
         stored = self.histories[key].tensors[0]
         kept.append((stored, stored.clone()))
         return result

@@ -162,5 +162,7 @@ def test_a_workflow_saved_before_the_cache_had_a_store_keeps_features_as_compute
     ui = json.loads((WORKFLOWS / "demo-image-taylor.json").read_text(encoding="utf-8"))
     wanted = workflow.ui_to_api(ui, object_info)
     (cache,) = (node for node in ui["nodes"] if node["type"] == "StrettoCache")
+    assert cache["inputs"].pop()["name"] == "text_features" and cache["widgets_values"].pop() is True
+    assert workflow.ui_to_api(ui, object_info) == wanted  # text is kept by default: it changes no picture
     assert cache["inputs"].pop()["name"] == "store" and cache["widgets_values"].pop() == "as computed"
     assert workflow.ui_to_api(ui, object_info) == wanted
