@@ -1,0 +1,1 @@
+"""Sparse attention: token order -> block list -> correction. One plan serves every published pattern."""
