@@ -15,7 +15,9 @@ from .figures import (
     mebibytes,
     share_of_skipped,
     skipped_of,
+    sparse_seconds,
     steps_of,
+    worst_layers,
 )
 
 #: Runs this short have few steps to skip, and their first and last ones matter most.
@@ -24,6 +26,10 @@ FEW_STEPS = 10
 SMALL_GAIN = 1.3
 #: From this share of a computed step on, what a skipped step still costs decides over the gain.
 EXPENSIVE = 0.3
+#: A sparse step that takes more than this share of a full one gains nothing worth having.
+NO_GAIN = 0.98
+#: A layer stands out when it is this many times further off than the median of at least so many, and so far off at all.
+OUTLIER, MANY_LAYERS, BAD_LAYER = 4.0, 4, 0.2
 #: Methods that skip the whole network.
 WHOLE_NETWORK = tuple(method.name for method in METHODS.values() if method.tap not in (BLOCKS, TABLE))
 
@@ -95,12 +101,35 @@ def expensive_skips(trace: Trace) -> str | None:
     )
 
 
+def sparse_too_short(trace: Trace) -> str | None:
+    """Sparse attention ran, and steps did not become faster."""
+    seconds = sparse_seconds(trace)
+    if seconds is None or seconds[1] < NO_GAIN * seconds[0]:
+        return None
+    tokens = max(item["tokens"] for item in trace["attention"]["layers"])
+    return (
+        f"Sparse attention did not make steps faster here ({seconds[1]:.3f} s against {seconds[0]:.3f} s): at {tokens:,} tokens "
+        "attention is a small part of a step. It pays on longer clips and larger pictures."
+    )
+
+
+def one_bad_layer(trace: Trace) -> str | None:
+    """One layer is much further off than the others."""
+    worst = worst_layers(trace)
+    if len(worst) < MANY_LAYERS or worst[0][1] < BAD_LAYER or worst[0][1] < OUTLIER * worst[len(worst) // 2][1]:
+        return None
+    layer, error = worst[0]
+    return f"Layer {layer} is {error:.0%} off, far more than the others: dense_layers = {layer} keeps its attention complete."
+
+
 RULES: tuple[Callable[[Trace], str | None], ...] = (
     no_memory,
     threshold_too_low,
     few_steps,
     stochastic,
     expensive_skips,
+    sparse_too_short,
+    one_bad_layer,
 )
 
 

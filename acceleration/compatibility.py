@@ -2,14 +2,17 @@
 
 from typing import Protocol
 
+from .attention.technique import AttentionTechnique
 from .caching.module_recorder import ModuleProfileTechnique
 from .caching.profiling import ProfileTechnique
 from .caching.table import TableTechnique
 from .caching.technique import CacheTechnique
 from .errors import ConflictError, StrettoError
 from .facts import Facts, Outcome
+from .guidance.technique import GuidanceTechnique
 from .measure import MeasureTechnique
 from .plan import Plan, Request
+from .resolution.technique import ResolutionTechnique
 
 
 class Technique(Protocol):
@@ -27,7 +30,16 @@ class Technique(Protocol):
 #: Every technique, in execution order inside a step (outermost first).
 TECHNIQUES: dict[str, Technique] = {
     technique.name: technique
-    for technique in (MeasureTechnique(), CacheTechnique(), TableTechnique(), ProfileTechnique(), ModuleProfileTechnique())
+    for technique in (
+        MeasureTechnique(),
+        GuidanceTechnique(),
+        ResolutionTechnique(),
+        CacheTechnique(),
+        TableTechnique(),
+        ProfileTechnique(),
+        ModuleProfileTechnique(),
+        AttentionTechnique(),
+    )
 }
 
 

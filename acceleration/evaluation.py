@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .models import ModulePart
+from .models import ModulePart, ModuleSite
 
 COMPUTED, FORECAST, REUSED = "computed", "forecast", "reused"
 
@@ -43,6 +43,8 @@ class Evaluation:
         threshold: what it had to stay below; None for policies without one.
         on_rails: whether a rail made this evaluation computed, whatever the policy wanted.
         computed_share: share of the blocks or modules that a table has computed; None where steps are skipped whole.
+        attention_kept: share of attention's key blocks that were attended, over all layers and heads that a sparse
+            plan covers; None where none does. A tensor, so that nobody waits for the device.
     """
 
     index: int
@@ -58,6 +60,30 @@ class Evaluation:
     threshold: float | None = None
     on_rails: bool = False
     computed_share: float | None = None
+    attention_kept: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """One attention that the network is about to compute.
+
+    Attributes:
+        q: queries [B, H, N, d], a view, with positions already rotated in.
+        k: keys [B, Hk, M, d]; H is a multiple of Hk.
+        v: values, like ``k``.
+        mask: what the network masks with, as its own attention function takes it; None for nothing.
+        scale: factor of the logits.
+        exact: whether the network asks for full precision here.
+        image_slice: (first, end) of the image tokens where the network tells it, else None.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float
+    exact: bool = False
+    image_slice: tuple[int, int] | None = None
 
 
 @dataclass
@@ -82,6 +108,9 @@ class Call:
         inside: stands around the parts of modules inside blocks, ``inside(call, part, original)``; None
             where nobody does.
         hollow: outputs of the attention in progress that will be put in, so that the attention itself need not run.
+        context_tokens: length of the text that the network is given, 0 where it is given none.
+        references: whether the network is given reference pictures, whose tokens may stand beside the target's.
+        attending: the module whose self-attention comes next, as far as somebody keeps track; None elsewhere.
     """
 
     evaluation: Evaluation
@@ -99,6 +128,9 @@ class Call:
     layout: Hashable = ()
     inside: "Callable[[Call, ModulePart, Callable[[], Any]], Any] | None" = None
     hollow: set[str] = field(default_factory=set)
+    context_tokens: int = 0
+    references: bool = False
+    attending: ModuleSite | None = None
 
     def part(self, tensor: torch.Tensor, index: int) -> torch.Tensor:
         """Return the rows of branch ``index`` as a view of ``tensor``."""

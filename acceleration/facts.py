@@ -27,6 +27,7 @@ class Facts:
         nested: several latents are sampled together (audio and video).
         free_system_bytes: free system memory, None where that is not known.
         modules_in_place: whether the host reaches the modules inside blocks that the descriptor names.
+        stage_obstacle: why the host cannot change the latent's size during the run, None where it can.
     """
 
     network: Any
@@ -40,6 +41,7 @@ class Facts:
     nested: bool = False
     free_system_bytes: int | None = None
     modules_in_place: bool = True
+    stage_obstacle: str | None = None
 
     def obstacle(self) -> str | None:
         """Return why no technique that skips work may act here, or None. Unknown things fail closed."""

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 Trace = dict[str, Any]
@@ -164,3 +165,41 @@ def _is_plain(trace: Trace) -> bool:
     totals = trace["totals"]
     idle = all(item["technique"] == "measure" or item["status"] == "off" for item in trace["techniques"])
     return idle and trace["outcome"] == "completed" and 0 < totals["evaluations"] == totals["computed"]
+
+
+def kept_by_layer(attention: dict[str, Any]) -> dict[int, float]:
+    """Return the mean share of key blocks that the heads of each layer kept, of a trace's ``attention``."""
+    return {item["layer"]: math.fsum(item["kept"]) / len(item["kept"]) for item in attention["layers"]}
+
+
+def sparse_share(trace: Trace) -> float | None:
+    """Return the mean share of key blocks that sparse attention kept; None where none was sparse."""
+    layers = (trace.get("attention") or {}).get("layers")
+    if not layers:
+        return None
+    kept = kept_by_layer(trace["attention"])
+    return math.fsum(kept.values()) / len(kept)
+
+
+def worst_layers(trace: Trace) -> list[tuple[int, float]]:
+    """Return (layer, error) of every layer that was compared with full attention, worst first.
+
+    The error is the root mean square, over heads and steps, of the relative L2 distance.
+    """
+    squares: dict[int, list[float]] = {}
+    for sample in (trace.get("attention") or {}).get("samples", ()):
+        squares.setdefault(sample["layer"], []).extend(error**2 for error in sample["relative_l2"])
+    errors = ((layer, math.sqrt(math.fsum(found) / len(found))) for layer, found in squares.items())
+    return sorted(errors, key=lambda item: -item[1])
+
+
+def sparse_seconds(trace: Trace) -> tuple[float, float] | None:
+    """Return the median seconds of a computed evaluation with full and with sparse attention; None without both.
+
+    The first evaluation is left out: it also pays for warm-up.
+    """
+    computed = [entry for entry in trace["evaluations"][1:] if entry["decision"] == "computed" and entry["seconds"] is not None]
+    pair = [
+        [entry["seconds"] for entry in computed if (entry.get("attention_kept") is None) == full] for full in (True, False)
+    ]
+    return (median(pair[0]), median(pair[1])) if all(pair) else None

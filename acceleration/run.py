@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from .evaluation import COMPUTED, Call, Evaluation
+from .evaluation import COMPUTED, Attention, Call, Evaluation
 from .models import BlockSite, ModulePart
 from .sampling import Schedule
 from .trace import TraceBuilder
@@ -47,6 +47,24 @@ class InsideBlocks(Protocol):
 
 
 @runtime_checkable
+class InsideAttention(Protocol):
+    """A session that also computes attention."""
+
+    def attention(self, call: Call, asked: Attention) -> torch.Tensor | None:
+        """Return the attention [B, H, N, d]; None to leave it to the host's own function."""
+
+
+@runtime_checkable
+class Reporter(Protocol):
+    """A session that has more to tell about its run than decisions."""
+
+    section: str
+
+    def report(self) -> dict[str, Any]:
+        """Return JSON values for a part of the trace of the session's own; called once, after the run."""
+
+
+@runtime_checkable
 class Recorder(Protocol):
     """A session that also hands something over when its run has completed."""
 
@@ -83,6 +101,7 @@ class RunState:
         sites: blocks of the network, by hook key.
         trace: what was decided and measured.
         clock: stopwatch factory of the device.
+        level: noise level of the full run that one of the stage in progress stands for; None where they are the same.
     """
 
     schedule: Schedule
@@ -92,12 +111,15 @@ class RunState:
     clock: Clock = wall_clock
     evaluation: Evaluation | None = None
     overhead: float = 0.0
+    level: Callable[[float], float] | None = None
     _count: int = 0
     _lowest: float = field(default=float("inf"))
     _inside: tuple[InsideBlocks, ...] = ()
+    _attending: tuple[InsideAttention, ...] = ()
 
     def __post_init__(self) -> None:
         self._inside = tuple(session for session in self.sessions if isinstance(session, InsideBlocks))
+        self._attending = tuple(session for session in self.sessions if isinstance(session, InsideAttention))
 
     def begin(self, sigma: float, network_input: torch.Tensor) -> Evaluation:
         """Open the next evaluation and let the sessions decide about it."""
@@ -106,7 +128,7 @@ class RunState:
                 session.reset()
             self._lowest = sigma
         self._lowest = min(self._lowest, sigma)
-        position = self.schedule.position(sigma)
+        position = self.schedule.position(self.level(sigma) if self.level is not None else sigma)
         evaluation = Evaluation(self._count, sigma, position, self.schedule.step(position), network_input)
         self._count += 1
         for session in self.sessions:
@@ -114,6 +136,12 @@ class RunState:
         self.trace.open(evaluation)
         self.evaluation = evaluation
         return evaluation
+
+    def enter_stage(self, level: Callable[[float], float]) -> None:
+        """A stage of another size or path begins: features are foreign, and ``level`` places its noise levels in the run."""
+        for session in self.sessions:
+            session.reset()
+        self.level, self._lowest = level, float("inf")
 
     def end(self, seconds: Callable[[], float]) -> None:
         """Close the open evaluation; ``seconds`` gives its duration once the run is over."""
@@ -152,6 +180,15 @@ class RunState:
             original = _bind_module(session, call, part, original)
         return original()
 
+    @property
+    def inside_attention(self) -> bool:
+        """Whether a session computes attention."""
+        return bool(self._attending)
+
+    def attention(self, call: Call, asked: Attention) -> torch.Tensor | None:
+        """Return the attention [B, H, N, d] of the first session that computes it, None where none does."""
+        return next((out for session in self._attending if (out := session.attention(call, asked)) is not None), None)
+
     def depths(self, call: Call) -> frozenset[int] | None:
         """Blocks whose hooks ``call`` needs, by depth; None for all."""
         wanted = [session.depths(call) for session in self.sessions]
@@ -165,6 +202,10 @@ class RunState:
     def records(self) -> dict[str, Any]:
         """Return what recording sessions have written down, by their name, as JSON values; read before :meth:`close`."""
         return {session.name: session.record() for session in self.sessions if isinstance(session, Recorder)}
+
+    def sections(self) -> dict[str, Any]:
+        """Return what sessions report beside their decisions, by section, as JSON values; read before :meth:`close`."""
+        return {session.section: session.report() for session in self.sessions if isinstance(session, Reporter)}
 
     def close(self) -> None:
         """Drop every stored tensor."""

@@ -12,15 +12,18 @@ from .figures import (
     mebibytes,
     rows,
     share_of_skipped,
+    sparse_seconds,
+    sparse_share,
     speed_up,
     steps_of,
     strip,
+    worst_layers,
 )
 
 #: A measured speed-up this far above the possible one has another cause.
 TOO_GOOD = 1.1
 NO_PLAIN = (
-    "No plain run to compare with: queue the same workflow with the caching node bypassed (Stretto Measure stays), "
+    "No plain run to compare with: queue the same workflow with the accelerating nodes bypassed (Stretto Measure stays), "
     "then this one again."
 )
 
@@ -40,6 +43,7 @@ def summary(trace: Trace, plain: Trace | None = None) -> str:
         *_measurement(trace, plain),
         *_line(storage(trace)),
         *_line(_changes(trace)),
+        *_attention(trace),
         *(f"{item['technique']}: {item['status']}. {item['reason']}" for item in trace["techniques"]),
         *trace["notes"],
         *(f"Advice: {words}" for words in advice(trace)),
@@ -52,10 +56,10 @@ def summary(trace: Trace, plain: Trace | None = None) -> str:
 def gain(trace: Trace, plain: Trace | None) -> str:
     """Return predicted and measured speed-up in a few words, ``""`` where nothing was skipped."""
     predicted = ceiling(trace)
-    if predicted is None:
+    if predicted is None and sparse_share(trace) is None:
         return ""
     measured = "no plain run to compare with" if plain is None else f"measured {speed_up(trace, plain):.2f}x"
-    return f"predicted {predicted:.2f}x · {measured}"
+    return measured if predicted is None else f"predicted {predicted:.2f}x · {measured}"
 
 
 def storage(trace: Trace) -> str:
@@ -95,7 +99,7 @@ def _prediction(trace: Trace) -> list[str]:
 def _measurement(trace: Trace, plain: Trace | None) -> list[str]:
     """Say what was gained, where something was to be gained."""
     predicted = ceiling(trace)
-    if predicted is None:
+    if predicted is None and sparse_share(trace) is None:
         return []
     if plain is None:
         return [NO_PLAIN]
@@ -105,7 +109,7 @@ def _measurement(trace: Trace, plain: Trace | None) -> list[str]:
         f"{measured:.2f}x was measured against the plain run{seed} ({plain['seconds']['sampler']:.3f} s in the sampler); "
         "one run each."
     )
-    if measured > TOO_GOOD * predicted:
+    if predicted is not None and measured > TOO_GOOD * predicted and sparse_share(trace) is None:
         words += " That is more than skipping explains: the plain run may have loaded the model first. Queue it once more."
     return [words]
 
@@ -117,6 +121,30 @@ def _changes(trace: Trace) -> str:
     values, thresholds = [seen.value for seen in free], [seen.threshold for seen in free]
     limit = f"{thresholds[0]:.3g}" if min(thresholds) == max(thresholds) else f"{thresholds[0]:.3g} to {thresholds[-1]:.3g}"
     return f"Change where steps were free: {min(values):.3g} to {max(values):.3g}, threshold {limit}."
+
+
+def _attention(trace: Trace) -> list[str]:
+    """Say what sparse attention kept, what a step of it took, and how far off it was."""
+    found = trace.get("attention")
+    if not found or not found["layers"]:
+        return _line(_dense_calls(found))
+    words = f"Attention: {sparse_share(trace):.0%} of the key blocks kept where it was sparse"
+    seconds = sparse_seconds(trace)
+    if seconds:
+        words += f"; such a step took {seconds[1]:.3f} s, one with full attention {seconds[0]:.3f} s"
+    lines = [f"{words}."]
+    worst = worst_layers(trace)
+    if worst:
+        named = ", ".join(f"layer {layer} {error:.1%}" for layer, error in worst[:4])
+        lines.append(f"Off from full attention, worst first (relative L2 of sampled blocks): {named}.")
+    return lines + _line(_dense_calls(found))
+
+
+def _dense_calls(found: dict | None) -> str:
+    if not found or not found["dense"]:
+        return ""
+    reasons = "; ".join(f"{reason}: {count}" for reason, count in found["dense"].items())
+    return f"Attention calls left as they are: {reasons}."
 
 
 def _line(words: str) -> list[str]:

@@ -32,6 +32,7 @@ class TraceBuilder:
                 "threshold": None,
                 "on_rails": False,
                 "computed_share": None,
+                "attention_kept": None,
                 "seconds": None,
                 "branches": [],
             }
@@ -57,7 +58,7 @@ class TraceBuilder:
         """End the open entry. ``seconds`` is read when the document is made, not now."""
         entry = self.evaluations[-1]
         entry["reason"] = entry["reason"] or evaluation.reason  # known late where a probe decides
-        for name in ("signal", "compared", "threshold", "on_rails", "computed_share"):
+        for name in ("signal", "compared", "threshold", "on_rails", "computed_share", "attention_kept"):
             entry[name] = getattr(evaluation, name)
         decisions = {branch["decision"] for branch in entry["branches"]} or {"computed"}
         entry["decision"] = decisions.pop() if len(decisions) == 1 else "mixed"
@@ -67,6 +68,9 @@ class TraceBuilder:
         """Return the finished ``trace@1`` document. Reads the clocks, so call it after the run."""
         for entry, seconds in zip(self.evaluations, self._seconds, strict=False):
             entry["seconds"] = seconds()
+        for entry in self.evaluations:
+            if entry["attention_kept"] is not None:
+                entry["attention_kept"] = float(entry["attention_kept"])
         timed = [entry["seconds"] for entry in self.evaluations if entry["seconds"] is not None]
         count = dict.fromkeys(("computed", "forecast", "reused", "mixed"), 0)
         for entry in self.evaluations:

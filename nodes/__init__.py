@@ -8,11 +8,15 @@ from comfy_api.latest import ComfyExtension, io
 from .cache import StrettoCache
 from .calibrate import StrettoCalibrate
 from .demo import StrettoDemoText
+from .guidance import StrettoGuidanceSaver
+from .load_attention_weights import StrettoLoadAttentionWeights
 from .measure import StrettoMeasure
 from .profile import StrettoProfile
 from .report import StrettoReport
+from .resolution import StrettoProgressiveResolution, StrettoProgressiveSampler, StrettoSpectrum
 from .routes import register_routes
 from .schedule import StrettoCacheSchedule
+from .sparse_attention import StrettoSparseAttention
 
 DEMO_MODELS = Path(__file__).resolve().parent.parent / "demo" / "models"
 
@@ -41,4 +45,10 @@ class StrettoExtension(ComfyExtension):
             StrettoProfile,
             StrettoCalibrate,
             StrettoCacheSchedule,
+            StrettoSparseAttention,
+            StrettoLoadAttentionWeights,
+            StrettoGuidanceSaver,
+            StrettoProgressiveResolution,
+            StrettoProgressiveSampler,
+            StrettoSpectrum,
         ]

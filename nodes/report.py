@@ -3,15 +3,15 @@
 import json
 from typing import Any
 
-import numpy as np
-import torch
 from comfy_api.latest import io, ui
 
 from ..acceleration.errors import StrettoError
 from ..acceleration.figures import plain_run
 from ..acceleration.hosts.comfy import TRACES, current_prompt_id
 from ..acceleration.summary import summary
-from .timeline import timeline
+from .attention_map import attention_map
+from .charts import as_image
+from .timeline import stacked, timeline
 
 
 class StrettoReport(io.ComfyNode):
@@ -42,7 +42,7 @@ class StrettoReport(io.ComfyNode):
         trace, note = _find(cls.hidden.prompt or {}, str(cls.hidden.unique_id))
         plain = plain_run(trace, TRACES.all())
         text = "\n".join(filter(None, (note, summary(trace, plain))))
-        picture = torch.from_numpy(np.asarray(timeline(trace, plain), dtype=np.float32) / 255.0)[None]
+        picture = as_image(stacked(timeline(trace, plain), attention_map(trace)))
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
         return io.NodeOutput(picture, text, json.dumps(trace), ui={**shown, "text": (text,)})
 

@@ -9,6 +9,8 @@ from ..acceleration.summary import gain, storage
 
 #: Okabe-Ito colours, distinguishable with every common colour vision; patterns repeat the message.
 COLOURS = {"computed": "#0072B2", "forecast": "#E69F00", "reused": "#009E73", "mixed": "#CC79A7"}
+#: Bars of sparse attention.
+SPARSE = "#56B4E9"
 BACKGROUND, INK, FAINT, LIMIT = "#1e1e24", "#f2f2f2", "#8a8a94", "#D55E00"
 WIDTH, MARGIN, ROW, LABEL, BAR = 960, 24, 34, 84, 96
 TOP, SIGNAL, FOOTER = 84, 100, 92
@@ -19,7 +21,8 @@ MOST_SHOWN = 2.5
 def timeline(trace: dict[str, Any], plain: dict[str, Any] | None = None) -> Image.Image:
     """Return the timeline of a ``trace@1`` document as an RGB picture, 960 pixels wide.
 
-    One column an evaluation: a row per branch, one for all where they agree; what was compared with the threshold,
+    One column an evaluation: a row per branch, one for all where they agree; the share of attention that was kept, where it was
+    sparse; what was compared with the threshold,
     where there was one; then seconds as bars, and the noise level.
 
     Args:
@@ -27,7 +30,8 @@ def timeline(trace: dict[str, Any], plain: dict[str, Any] | None = None) -> Imag
         plain: a plain run of the same work, for the measured speed-up; None where none is known.
     """
     entries, strips, seen = trace["evaluations"], rows(trace), comparisons(trace)
-    height = TOP + ROW * len(strips) + (SIGNAL if seen else 0) + BAR + FOOTER
+    sparse = any(entry.get("attention_kept") is not None for entry in entries)
+    height = TOP + ROW * (len(strips) + sparse) + (SIGNAL if seen else 0) + BAR + FOOTER
     image = Image.new("RGB", (WIDTH, height), BACKGROUND)
     draw = ImageDraw.Draw(image)
     draw.text((MARGIN, 14), _title(trace), fill=INK, font=_font(18))
@@ -41,12 +45,26 @@ def timeline(trace: dict[str, Any], plain: dict[str, Any] | None = None) -> Imag
         for i, decision in enumerate(row):
             _cell(draw, MARGIN + LABEL + i * column, y, column, decision)
         y += ROW
+    if sparse:
+        _attention(draw, entries, y, column)
+        y += ROW
     if seen:
         _signal(draw, entries, seen, y, column)
         y += SIGNAL
     _bars(draw, entries, y + 8, column)
     _axis(draw, entries, y + BAR + 16, column)
     _footer(draw, trace, plain, height)
+    return image
+
+
+def stacked(*pictures: Image.Image | None) -> Image.Image:
+    """Return pictures of one width below each other; None stands for none."""
+    there = [picture for picture in pictures if picture is not None]
+    image = Image.new("RGB", (WIDTH, sum(picture.height for picture in there)), BACKGROUND)
+    y = 0
+    for picture in there:
+        image.paste(picture, (0, y))
+        y += picture.height
     return image
 
 
@@ -86,6 +104,21 @@ def _cell(
     if decision == "mixed":  # crossed: in part
         middle = (x + right) / 2
         draw.line((middle, y, middle, y + height), fill=BACKGROUND, width=2)
+
+
+def _attention(draw: ImageDraw.ImageDraw, entries: list[dict[str, Any]], y: int, column: float) -> None:
+    """Draw how much attention each evaluation computed: full cells where it was complete, bars of the kept share elsewhere."""
+    draw.text((MARGIN, y + 6), "attention", fill=INK, font=_font(14))
+    for i, entry in enumerate(entries):
+        if entry["decision"] not in ("computed", "mixed"):
+            continue
+        kept, x = entry.get("attention_kept"), MARGIN + LABEL + i * column
+        box = (x, y, x + max(column - 2, 1), y + ROW - 6)
+        if kept is None:
+            draw.rectangle(box, fill=COLOURS["computed"])
+        else:
+            draw.rectangle(box, outline=FAINT)
+            draw.rectangle((box[0], box[3] - kept * (ROW - 6), *box[2:]), fill=SPARSE)
 
 
 def _signal(

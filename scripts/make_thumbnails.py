@@ -4,7 +4,7 @@
     .venv-panel/bin/python scripts/make_thumbnails.py [--server http://127.0.0.1:8188]
 
 Without --server a ComfyUI is started for it. Each thumbnail shows four prompts (a clip as a row of frames) and, below,
-one cell per step: computed, forecast or reused.
+one cell per step: computed, computed with sparse attention, forecast or reused.
 """
 
 import argparse
@@ -45,7 +45,13 @@ CLIP_PROMPTS = (
 SIDE, PICTURE, GAP = 480, 216, 8
 FRAMES = 4  # shown of a clip
 BACKGROUND = (27, 27, 31)
-COLOURS = {"computed": (0, 114, 178), "forecast": (230, 159, 0), "reused": (0, 158, 115), "mixed": (204, 121, 167)}
+COLOURS = {
+    "computed": (0, 114, 178),
+    "sparse": (86, 180, 233),
+    "forecast": (230, 159, 0),
+    "reused": (0, 158, 115),
+    "mixed": (204, 121, 167),
+}
 
 
 @contextmanager
@@ -98,7 +104,8 @@ def make(client: ComfyClient, path: Path) -> None:
         count = min(FRAMES, len(images))
         picked = [images[index * (len(images) - 1) // max(count - 1, 1)] for index in range(count)]
         pictures.append([Image.open(io.BytesIO(client.fetch_image(image))) for image in picked])
-        decisions = [entry["decision"] for entry in client.traces(result.prompt_id)[-1]["evaluations"]]
+        entries = client.traces(result.prompt_id)[-1]["evaluations"]
+        decisions = ["sparse" if entry["attention_kept"] is not None else entry["decision"] for entry in entries]
     draw(pictures, decisions).save(path.with_suffix(".jpg"), quality=88, optimize=True)
     say(f"{path.with_suffix('.jpg').relative_to(ROOT)}")
 

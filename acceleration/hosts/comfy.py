@@ -29,14 +29,19 @@ from ..resolve import Execution, resolve
 from ..run import RunState
 from ..sampling import SamplerTraits, schedule_of, traits_of
 from ..trace import TraceBuilder
+from .comfy_attention import attend_with
 from .comfy_device import clock_for, peak_memory, start_peak_memory, synchronize
+from .comfy_guidance import save_guidance
 from .comfy_modules import layout, modules_in_place, reach_modules, skip_hollow_attention
+from .comfy_resolution import ProgressiveSampler, carried_request, in_stages, with_stage_obstacle
 from .trace_store import TraceStore
 
 KEY = "stretto"
 PLAN_KEY = "stretto_plan"
 #: Techniques that ComfyUI's own caches must not stand beside.
 SKIPPING = ("cache", "table")
+#: Beginnings of the names under which networks are given the latents of other pictures.
+REFERENCES = ("ref_latent", "reference_latent", "time_dim_concat")
 BRANCH_NAMES = {0: "cond", 1: "uncond"}
 log = logging.getLogger("stretto")
 
@@ -70,6 +75,15 @@ def request(model: Any, wanted: Request) -> Any:
     return clone
 
 
+def progressive_sampler(sampler: Any, wanted: Request) -> Any:
+    """Return a SAMPLER that runs ``sampler`` in the stages that ``wanted`` asks for.
+
+    Raises:
+        StrettoError: bad settings, or ``sampler`` already runs in stages.
+    """
+    return ProgressiveSampler(sampler, wanted, _sampler_traits)
+
+
 def _refuse_core_cache(options: dict[str, Any]) -> None:
     holder = options.get("easycache")
     if holder is not None:
@@ -85,12 +99,15 @@ def _outer_sample(executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor
     guider, noise, sampler, sigmas = executor.class_obj, args[0], args[2], args[3]
     before = guider.model_options
     plan = before.get("transformer_options", {}).get(PLAN_KEY, Plan())
+    sampler, plan = carried_request(sampler, plan)
+    args = (*args[:2], sampler, *args[3:])
     if any(plan.of(name) for name in SKIPPING):
         _refuse_core_cache(before["transformer_options"])
     patcher = guider.model_patcher
     facts = _facts(guider, noise, sampler, sigmas, kwargs.get("latent_shapes"))
     if inside_blocks(plan):
         facts = replace(facts, modules_in_place=modules_in_place(patcher, facts.network, facts.descriptor))
+    facts = with_stage_obstacle(facts, plan, guider, sampler, args, kwargs)
     execution = resolve(plan, facts, _notes(before))
     options = comfy.model_patcher.create_model_options_clone(before)
     seed = kwargs.get("seed", args[7] if len(args) > 7 else None)
@@ -103,6 +120,7 @@ def _outer_sample(executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor
         clock_for(device),
     )
     _install(options, run, facts, execution)
+    args = in_stages(args, run)
     for outcome in execution.outcomes:
         log.info("%s: %s. %s", outcome.technique, outcome.status, outcome.reason)
     outcome = "failed"
@@ -123,8 +141,9 @@ def _outer_sample(executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor
         guider.model_options = before
         memory = {**peak_memory(device), "store_peak_bytes": run.peak_bytes}
         records = run.records() if outcome == "completed" else {}
+        sections = run.sections()
         run.close()
-        document = run.trace.document(outcome, elapsed(), run.overhead, memory)
+        document = run.trace.document(outcome, elapsed(), run.overhead, memory) | sections
         document |= {"records": records} if records else {}
         TRACES.add(*_execution_ids(), document)
 
@@ -211,7 +230,10 @@ def _install(options: dict[str, Any], run: RunState, facts: Facts, execution: Ex
     add(WrappersMP.PREDICT_NOISE, KEY, _predict_noise(run), options, is_model_options=True)
     if not run.sessions:
         return
+    save_guidance(options, run)
     hooks = _install_blocks(options, run) if execution.needs_blocks else {}
+    if run.inside_attention:
+        attend_with(options, _CALL.get, run.attention)
     if execution.needs_modules:
         skip_hollow_attention(options, _CALL.get)
     add(WrappersMP.APPLY_MODEL, KEY, _apply_model(run, hooks, facts), options, is_model_options=True)
@@ -330,6 +352,7 @@ def _apply_model(run: RunState, hooks: dict[tuple[str, int], _Hook], facts: Fact
             return denoised
 
         call = _make_call(run.evaluation, executor.class_obj, x, sigma, options, hooks, facts, _control(args, kwargs))
+        call.context_tokens, call.references = _context_tokens(args, kwargs), _references(kwargs)
         if run.inside_blocks:
             call.layout = layout((x, args, sorted(kwargs.items())))
             call.inside = run.module
@@ -389,6 +412,17 @@ def _make_call(
 def _control(args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a ControlNet takes part: where it sets in or ends, features are others. (c_concat, c_crossattn, control)"""
     return (kwargs["control"] if "control" in kwargs else args[2] if len(args) > 2 else None) is not None
+
+
+def _context_tokens(args: tuple, kwargs: dict[str, Any]) -> int:
+    """Return the length of the text a model call is given. (c_concat, c_crossattn, control)"""
+    context = kwargs["c_crossattn"] if "c_crossattn" in kwargs else args[1] if len(args) > 1 else None
+    return context.shape[1] if isinstance(context, torch.Tensor) and context.ndim > 2 else 0
+
+
+def _references(kwargs: dict[str, Any]) -> bool:
+    """Whether a model call is given reference pictures, under any of ComfyUI's names for them."""
+    return any(value is not None and name.startswith(REFERENCES) for name, value in kwargs.items())
 
 
 def _weight_hooks(model: Any) -> tuple:

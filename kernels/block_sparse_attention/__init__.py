@@ -185,6 +185,9 @@ def block_sparse_attention(
             raise ValueError(f"the {backend} backend cannot serve: {_NO_GRADIENT.otherwise}")
         out, lse = _run(call, scale, "dense")
         return out, lse if return_lse else None
+    if not torch.compiler.is_compiling():  # in eager mode an operator's first call would import sympy: 150 MiB, a second
+        out, lse = _run(call, scale, _choose(call, backend)[0])
+        return out, lse if return_lse else None
     fields = (None,) * 3 if predicate is None else (predicate.kind, predicate.coordinates, list(predicate.limits))
     pooled = (None,) * 3 if tail is None else (tail.keys, tail.values, tail.sizes)
     out, lse = _operator(

@@ -71,6 +71,25 @@ def test_bypassing_the_cache_gives_the_plain_clip(kind, clip, object_info, first
     np.testing.assert_array_equal(first("plain")[1], clip(ui_to_api(ui, object_info))[1])
 
 
+def test_sparse_attention_keeps_half_of_the_blocks_in_the_later_steps(comfy, first):
+    run, frames = first("sparse")
+    (trace,) = comfy.traces(run)
+    assert frames.shape == (FRAMES, SIDE, SIDE, 3) and not np.array_equal(frames, first("plain")[1])
+    assert [item["status"] for item in trace["techniques"] if item["technique"] == "attention"] == ["active"]
+    kept = [entry["attention_kept"] for entry in trace["evaluations"]]
+    assert kept[: STEPS // 2] == [None] * (STEPS // 2)
+    assert all(0.3 <= share <= 0.6 for share in kept[STEPS // 2 :])
+    assert len(trace["attention"]["layers"]) == 8 and trace["attention"]["pictures"]
+
+
+def test_bypassing_sparse_attention_gives_the_plain_clip(clip, object_info, first):
+    ui = load_ui("sparse", "video")
+    for node in ui["nodes"]:
+        if node["type"] == "StrettoSparseAttention":
+            node["mode"] = BYPASSED
+    np.testing.assert_array_equal(first("plain")[1], clip(ui_to_api(ui, object_info))[1])
+
+
 def test_frames_of_a_batch_come_clip_after_clip(clip, api, first):
     _, frames = clip(edit.set_batch(api("plain", "video"), 2))
     assert len(frames) == 2 * FRAMES

@@ -1,0 +1,1 @@
+"""Guidance reduction: classifier-free guidance without asking the unconditional branch at every step."""
