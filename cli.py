@@ -1,6 +1,7 @@
-"""Stretto's command line: compare accelerated workflows with the plain one, and start the panel.
+"""Stretto's command line: measure accelerated workflows, open the panel, and make quantized checkpoints.
 
-Runs in the panel's environment (requirements-panel.txt), without torch; a ComfyUI server does the work.
+`compare` and `panel` run in the panel's environment (requirements-panel.txt), without torch; a ComfyUI server does the work.
+`quantize`, `inspect`, `verify` and `transcode` work on files and run in ComfyUI's environment (torch), without a server.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +26,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_compare(commands)
     _add_panel(commands)
+    _add_quantize(commands)
+    _add_inspect(commands)
+    _add_verify(commands)
+    _add_transcode(commands)
     return parser
 
 
@@ -109,6 +115,138 @@ def _add_panel(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(handler=run_panel)
 
 
+FORMATS = ("int8", "w6a8", "w4a8", "fp8", "fp8_rows", "w4a16", "mixed")
+FORMATS_HELP = """\
+formats, with bytes per weight and the usual loss:
+  int8      1.003  8-bit weights and activations, rotated; the default. Quality of 16 bit for most pictures.
+  fp8       1.0    8-bit weights, one scale per layer. Loads in every ComfyUI since 0.3.75 without this pack.
+  fp8_rows  1.001  the same with a scale per row. Needs this pack.
+  w6a8      0.815  6-bit weights on the int8 grid
+  w4a8      0.565  4-bit weights on the int8 grid: smallest
+  w4a16     0.563  4-bit weights, 16-bit activations: for layers that see few rows
+  mixed     any    w4a8, w6a8 or int8 per layer, the best that fits --budget
+Norms, biases, embeddings, the first and last projections and modulations stay as they are; the recipe of the architecture
+(presets/quantization) says which layers may change. int8, w6a8, w4a8 and w4a16 load in ComfyUI releases that know them, and in
+older ones through Stretto's loader nodes.
+"""
+_QUANTIZE_EXAMPLES = """\
+examples:
+  python cli.py quantize flux1-dev.safetensors                              int8, beside the source
+  python cli.py quantize flux1-dev.safetensors small.safetensors --format w4a8 --safe
+  python cli.py quantize wan2.2/transformer/ wan.safetensors                sharded, with diffusers' names
+  python cli.py quantize big.safetensors --format mixed --budget 9GB        as good as 9 GB allow
+  python cli.py quantize big.safetensors --dry-run --list                   what would be done, layer by layer
+"""
+
+
+def _add_quantize(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "quantize",
+        help="make a quantized checkpoint, block by block",
+        description="Write a quantized copy of a 16- or 32-bit checkpoint in ComfyUI's own format. The source is only read, "
+        "memory stays below 1 GB whatever its size, and the result appears under its name only when it is whole.",
+        epilog=FORMATS_HELP + "\n" + _QUANTIZE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "source",
+        type=Path,
+        help="safetensors file, index of shards, or folder of a diffusers transformer; any may be sharded",
+    )
+    _add_target(command)
+
+
+def _add_transcode(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "transcode",
+        help="turn a GGUF or quantized checkpoint into another format",
+        description="Like quantize, for sources that are quantized already: GGUF (needs `pip install gguf`), scaled fp8, plain "
+        "fp8, int8, or ComfyUI's format. They are dequantized block by block; what they lost stays lost.",
+        epilog=FORMATS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("source", type=Path, help="GGUF or safetensors file")
+    _add_target(command)
+    command.add_argument(
+        "--assume-rotation",
+        type=int,
+        choices=(0, 16, 64, 256),
+        metavar="SIZE",
+        help="for int8 files without markers: size of the rotated groups of the tool that made them (0 none, 256 usual)",
+    )
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "target", type=Path, nargs="?", help="file to write (default: beside the source, named by format)"
+    )
+    command.add_argument(
+        "--format", choices=FORMATS, default=None, help="format of the layers (default: the recipe's, int8)"
+    )
+    command.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="recipe of your own (default: the architecture's preset)"
+    )
+    command.add_argument(
+        "--keep", nargs="+", action="extend", default=[], metavar="REGEX", help="layers to leave as they are, by name"
+    )
+    command.add_argument("--safe", action="store_true", help="leave the first and last blocks as they are")
+    command.add_argument(
+        "--budget", type=_bytes, metavar="SIZE", help="for mixed: size of the file, for example 8GB or 350MB"
+    )
+    command.add_argument(
+        "--sensitivity", type=Path, metavar="FILE", help="for mixed: measured sensitivities of the layers"
+    )
+    command.add_argument(
+        "--by-group", action="store_true", help="for mixed: judge attention and MLP layers apart (ViDiT-Q)"
+    )
+    command.add_argument(
+        "--workers", type=_positive, default=2, metavar="N", help="layers at a time (default: %(default)s)"
+    )
+    command.add_argument("--no-hash", action="store_true", help="do not put the source's SHA-256 into the file")
+    command.add_argument("--replace", action="store_true", help="write over the target if it exists")
+    command.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    command.add_argument("--list", action="store_true", help="list every layer with what becomes of it, and why")
+    command.set_defaults(handler=run_file_command, files_only=True)
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "inspect",
+        help="say what a checkpoint is, from its header",
+        description="Format, architecture, layers per format, size, and where the file came from. Nothing but the header is "
+        "read. Recognises ComfyUI's formats, scaled fp8, GGUF, nunchaku and bitsandbytes files.",
+    )
+    command.add_argument("files", type=Path, nargs="+", help="safetensors or GGUF files")
+    command.set_defaults(handler=run_file_command, files_only=True)
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "verify",
+        help="read a quantized checkpoint again and check it",
+        description="Checks every layer's shapes and markers, that weights decode to finite values, that the rotation flag "
+        "belongs to the weights, and with --source how far they are from the original. Exit status 1 if a layer is wrong.",
+    )
+    command.add_argument("file", type=Path, help="quantized safetensors file")
+    command.add_argument("--source", type=Path, help="what it was made from")
+    command.add_argument(
+        "--blocks", type=_positive, default=4, metavar="N", help="blocks of rows per layer (default: %(default)s)"
+    )
+    command.set_defaults(handler=run_file_command, files_only=True)
+
+
+def _bytes(text: str) -> int:
+    units = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+    number = text.strip().lower().removesuffix("b").strip()
+    try:
+        value = float(number[:-1]) * units[number[-1]] if number[-1:] in units and number[-1:] else float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write for example 8GB") from None
+    if not 0 < value < 1e15:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of a file")
+    return int(value)
+
+
 def _count(text: str) -> int:
     number = int(text)
     if number < 0:
@@ -175,12 +313,72 @@ def run_panel(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_file_command(args: argparse.Namespace) -> int:
+    """Handle the commands that work on checkpoints."""
+    try:
+        import torch
+
+        from stretto.acceleration.errors import StrettoError
+        from stretto.acceleration.quantization import command_line
+    except ModuleNotFoundError as error:
+        print(f"stretto: the package {error.name!r} is missing; run this with ComfyUI's Python", file=sys.stderr)
+        return USAGE_ERROR
+    if "target" in args and args.target is None:
+        args.target = command_line.target_for(args.source, args.format or "int8")
+    handlers = {"inspect": command_line.run_inspect, "verify": command_line.run_verify}
+    bar = _Bar()
+    if "workers" in args:
+        torch.set_num_threads(1)  # layers run side by side instead
+    try:
+        return handlers.get(args.command, command_line.run_quantize)(args, bar.say, bar)
+    except StrettoError as error:
+        bar.end()
+        print(f"stretto: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        bar.end()
+        print("stretto: cancelled; nothing was written.", file=sys.stderr)
+        return CANCELLED
+    return USAGE_ERROR
+
+
+class _Bar:
+    """A line of progress on the terminal; silent where the output is no terminal."""
+
+    def __init__(self) -> None:
+        self._start, self._shown, self._open = time.monotonic(), 0.0, False
+
+    def __call__(self, done: int, total: int, words: str) -> None:
+        now = time.monotonic()
+        if not sys.stderr.isatty() or (now - self._shown < 0.1 and done < total):
+            return
+        share, seconds = done / max(total, 1), now - self._start
+        rate = done / max(seconds, 1e-3)
+        left = (total - done) / max(rate, 1.0)
+        bar = "#" * int(30 * share)
+        line = f"\r[{bar:30s}] {share:4.0%}  {rate / 1e6:,.0f} MB/s  {left:,.0f} s left  {words[-40:]:40s}"
+        print(line, end="", file=sys.stderr, flush=True)
+        self._shown, self._open = now, True
+
+    def say(self, line: str) -> None:
+        """Print a line of its own."""
+        self.end()
+        print(line, flush=True)
+
+    def end(self) -> None:
+        """Leave the line of progress."""
+        if self._open:
+            print(file=sys.stderr)
+            self._open = False
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 2 for a mistake that is explained in one sentence, 130 cancelled."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(argv)
     args.reproduce = shlex.join(["python", "cli.py", *argv])
     load_pack()
+    if getattr(args, "files_only", False):
+        return args.handler(args)
     try:
         from stretto.web.panel.measure.errors import MeasureError, ServerDied
     except ModuleNotFoundError as error:

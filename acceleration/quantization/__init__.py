@@ -1,0 +1,1 @@
+"""Quantized weights: layouts, recipes, the streaming writer and the readers."""

@@ -1,0 +1,192 @@
+"""A quantized layer at work: its weight as one tensor of bytes, its product, and what LoRAs do to it.
+
+An arena is one uint8 tensor with codes and scales and, after a LoRA that is kept beside the weights, two low-rank factors. So a
+layer moves, pins, is backed up and restored as a whole, whoever does it.
+"""
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+from ...kernels import quantized_linear
+from .layouts import ALIGNMENT, Fp8, Grid, Int8Rows, Layout, Packed, offsets
+
+BRANCH, REQUANTIZE = "beside the weights", "in the weights"
+#: Highest rank of all LoRAs of a layer together that is kept beside its weights.
+MAX_RANK = 128
+_FACTOR = torch.float16
+_RESIDUAL = 2e-3
+#: A change this many times the error of rounding (a step / sqrt(12)) moves weights by more than a step.
+_LARGE = 4.0
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """How a Linear's arena is to be read.
+
+    Attributes:
+        layout: of the weight.
+        shape: (N, K).
+        full_precision: products in the activation's dtype, with the weight dequantized (text encoders).
+    """
+
+    layout: Layout
+    shape: tuple[int, int]
+    full_precision: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedBy:
+    """Factors that were folded into a weight: ``W = W0 * rows[:, None] / columns``.
+
+    Attributes:
+        rows: fp32 [N], or None.
+        columns: fp32 [K], or None.
+    """
+
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+    def out_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight without the factors: the one that LoRAs were made for."""
+        if self.rows is not None:
+            weight = weight / self.rows.to(weight).view(-1, 1)
+        return weight if self.columns is None else weight * self.columns.to(weight)
+
+    def into(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight with the factors."""
+        if self.rows is not None:
+            weight = weight * self.rows.to(weight).view(-1, 1)
+        return weight if self.columns is None else weight / self.columns.to(weight)
+
+
+def arena_bytes(state: LayerState) -> int:
+    """Bytes of an arena without low-rank factors."""
+    part, offset = offsets(state.layout, state.shape)[-1]
+    return offset + part.nbytes
+
+
+def _split(state: LayerState, arena: torch.Tensor) -> tuple[Packed, torch.Tensor | None, torch.Tensor | None]:
+    """The packed weight of an arena, and its low-rank factors [r, K] and [N, r], if any."""
+    rows, columns = state.shape
+    base = -(-arena_bytes(state) // ALIGNMENT) * ALIGNMENT
+    packed = Packed.of_arena(state.layout, state.shape, arena)
+    if arena.numel() <= base:
+        return packed, None, None
+    factors = arena[base:].view(_FACTOR)
+    rank = factors.numel() // (rows + columns)
+    return packed, factors[: rank * columns].view(rank, columns), factors[rank * columns :].view(rows, rank)
+
+
+def arena_linear(state: LayerState, x: torch.Tensor, arena: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return the layer's output, [..., N] in the dtype of ``x``.
+
+    Args:
+        state: of the layer.
+        x: [..., K].
+        arena: uint8, on the device of ``x``.
+        bias: [N] or None.
+    """
+    packed, down, up = _split(state, arena)
+    output = _product(state, x, packed, bias)
+    if down is None:
+        return output
+    branch = torch.nn.functional.linear(torch.nn.functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
+    return output.add_(branch)
+
+
+def _product(state: LayerState, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+    layout = state.layout
+    if not state.full_precision:
+        if isinstance(layout, Int8Rows):
+            return quantized_linear.int8_linear(
+                x, packed.parts["weight"], packed.parts["weight_scale"], bias, layout.rotation
+            )
+        if isinstance(layout, Grid):
+            codes = layout.int8(packed.parts)
+            return quantized_linear.int8_linear(x, codes, packed.parts["weight_s_channel"], bias, layout.rotation)
+        if isinstance(layout, Fp8) and quantized_linear.why_not_fp8(x, packed.parts["weight"]) is None:
+            return quantized_linear.fp8_linear(x, packed.parts["weight"], packed.parts["weight_scale"], bias)
+    return quantized_linear.dequantized_linear(x, packed.dequantize(), bias)
+
+
+def dequantize_arena(state: LayerState, arena: torch.Tensor) -> torch.Tensor:
+    """Return the weight, fp32 [N, K], of an arena: uint8, or its bytes widened to a floating dtype, as patching does."""
+    packed, down, up = _split(state, arena.to(torch.uint8))
+    weight = packed.dequantize()
+    return weight if down is None else weight.addmm_(up.float(), down.float())
+
+
+def patched_arena(
+    state: LayerState, arena: torch.Tensor, weight: torch.Tensor, seed: int | None, lora: str = BRANCH
+) -> torch.Tensor:
+    """Return the arena of a patched weight.
+
+    In branch mode the change is kept in two fp16 factors behind the untouched weight where it is of low rank, as LoRAs
+    are. Otherwise the weight is rounded again: to nearest where the change is larger than the steps, and with probabilities where
+    it is not, so that it stays in the mean.
+
+    Args:
+        state: of the layer.
+        arena: of the weight before.
+        weight: patched, floating [N, K].
+        seed: of the rounding.
+        lora: :data:`BRANCH` or :data:`REQUANTIZE`.
+    """
+    if lora == BRANCH:
+        before = arena.detach().to(weight.device)
+        factors = low_rank(weight.float() - dequantize_arena(state, before), seed)
+        if factors is not None:
+            kept = before[: arena_bytes(state)]
+            padding = kept.new_zeros(-kept.numel() % ALIGNMENT)
+            return torch.cat([kept, padding, *(factor.contiguous().view(-1).view(torch.uint8) for factor in factors)])
+    weight = weight.float()
+    change = float((weight - dequantize_arena(state, arena.detach().to(weight.device))).norm())
+    nearest = state.layout.quantize(weight)
+    if change >= _LARGE * float((nearest.dequantize() - weight).norm()):
+        return nearest.arena()
+    generator = torch.Generator(device=weight.device).manual_seed(seed or 0)
+    return state.layout.quantize(weight, generator).arena()
+
+
+def low_rank(delta: torch.Tensor, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return fp16 factors [r, K] and [N, r] whose product is ``delta``, or None where r would exceed :data:`MAX_RANK`.
+
+    A randomised range finder (Halko, Martinsson and Tropp 2011) with growing rank; what remains is measured, not assumed.
+
+    Args:
+        delta: fp32 [N, K].
+        seed: of the random directions.
+    """
+    size = float(delta.norm())
+    if size == 0.0:
+        return delta.new_zeros(0, delta.shape[1], dtype=_FACTOR), delta.new_zeros(delta.shape[0], 0, dtype=_FACTOR)
+    generator = torch.Generator(device=delta.device).manual_seed(seed or 0)
+    rank = 16
+    while rank <= MAX_RANK and 2 * rank <= min(delta.shape):
+        probe = torch.randn(delta.shape[1], rank, generator=generator, device=delta.device)
+        basis = torch.linalg.qr(delta @ (delta.T @ (delta @ probe) / size**2))[0]
+        inner = basis.T @ delta
+        left, values, right = torch.linalg.svd(inner, full_matrices=False)
+        keep = int((values > values[0] * 1e-4).sum())
+        root = values[:keep].sqrt()
+        up, down = (basis @ left[:, :keep]) * root, right[:keep] * root[:, None]
+        if float((delta - up.to(_FACTOR).float() @ down.to(_FACTOR).float()).norm()) <= _RESIDUAL * size:
+            return down.to(_FACTOR), up.to(_FACTOR)
+        rank *= 2
+    return None
+
+
+def saved_tensors(state: LayerState, arena: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
+    """Return what a layer writes into a state dict: its parts in ComfyUI's format, with the marker.
+
+    A LoRA beside the weights is rounded into them, so that saving nodes write a complete file.
+    """
+    packed, down, _ = _split(state, arena.detach())
+    if down is not None:
+        packed = state.layout.quantize(dequantize_arena(state, arena.detach()))
+    marker = dict(state.layout.marker(), **({"full_precision_matrix_mult": True} if state.full_precision else {}))
+    tensors = {f"{prefix}{suffix}": tensor for suffix, tensor in packed.parts.items()}
+    raw = torch.frombuffer(bytearray(json.dumps(marker).encode()), dtype=torch.uint8)
+    return {**tensors, f"{prefix}comfy_quant": raw}

@@ -1,0 +1,227 @@
+"""4- and 6-bit codes that decode to int8: W4A8 and W6A8 with ordinary int8 products, ComfyUI's ``asym_w4a8_int8``.
+
+Every group of 16 input channels has a scale in fp8, and every row one in fp32. A code stands for a level; level times
+group scale, rounded, is the int8 weight. The codes are chosen against that very grid, so decoding loses nothing more, and
+nothing is rescaled inside a product. Refitting a group's scale to its codes is least squares, ``s = <w, c> / <c, c>``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ....kernels.rotate_quantize import LIMIT, rotate
+from ..packing import pack, row_bytes, unpack
+from .base import Layout, Part
+from .int8 import rotation_unfit
+
+#: Levels of 4-bit codes: Lloyd's and Max's for a normal distribution whose groups of 16 are scaled to a largest value of 1.
+#: ComfyUI's fastest decoder has exactly these numbers built in (comfy-kitchen 0.2.40), so files carry them to the digit.
+LEVELS = (
+    -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,
+    0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
+)  # fmt: skip
+GROUP = 16
+#: 6-bit codes are whole numbers from -31 to 31, stored with 32 added.
+_SIX = 31
+_FLOOR = 1e-8
+_E4M3_LARGEST = 0x7E
+#: Rounds of choosing codes and refitting scales. More change the error by less than a thousandth.
+_REFITS = 2
+
+
+@dataclass(frozen=True)
+class Grid(Layout):
+    """``W = rotate(int8(level[code] * s_rel) * s_row)``.
+
+    Attributes:
+        bits: 4 or 6.
+        rotation: side of the Hadamard blocks; this format always rotates.
+        group: input channels that share a scale.
+        codebook: whether the 4-bit levels are a table; files of others may have uniform ones, code - 8.
+    """
+
+    bits: int = 4
+    rotation: int = 256
+    group: int = GROUP
+    codebook: bool = True
+    key = "asym_w4a8_int8"
+
+    @property
+    def name(self) -> str:
+        return f"w{self.bits}a8"
+
+    @property
+    def words(self) -> str:
+        return f"{self.bits}-bit weights in groups of {self.group}, 8-bit activations (int8), rotated"
+
+    @property
+    def has_table(self) -> bool:
+        """Whether a table of levels is stored."""
+        return self.bits == 4 and self.codebook
+
+    def unfit(self, rows: int, columns: int) -> str | None:
+        if self.bits not in (4, 6):
+            return f"{self.bits} bits; this format has 4 and 6"
+        if self.group < 4 or (self.group % 16 and 16 % self.group) or (self.bits == 6 and self.group % 16):
+            return f"groups of {self.group} input channels; use 16, or a multiple of it"
+        if not self.rotation:
+            return f"this format rotates, and no rotation size from 16 to 256 divides the {columns} input channels"
+        side = max(self.group, 32 if self.bits == 6 else 16)
+        if columns % side:
+            return f"{columns} input channels are no multiple of {side}"
+        return rotation_unfit(self.rotation, columns)
+
+    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
+        parts = (
+            Part("weight", torch.int8, (rows, row_bytes(columns, self.bits))),
+            Part("weight_s_rel", torch.float8_e4m3fn, (rows, columns // self.group)),
+            Part("weight_s_channel", torch.float32, (rows,)),
+        )
+        return (*parts, Part("weight_codebook", torch.float32, (16,), None)) if self.has_table else parts
+
+    def marker(self) -> dict[str, Any]:
+        return {"format": self.key, "group_size": self.group, "convrot_groupsize": self.rotation}
+
+    def encode(
+        self, weight: torch.Tensor, survey: Any = None, generator: torch.Generator | None = None
+    ) -> dict[str, torch.Tensor]:
+        if self.bits == 4 and not self.codebook:
+            raise ValueError("4-bit codes with uniform levels are read, not written")
+        step = max(_PIECE // max(weight.shape[1], 1), 1)
+        pieces = [self._encode(piece, generator) for piece in weight.split(step)]
+        parts = {suffix: torch.cat([piece[suffix].view(torch.uint8) for piece in pieces]) for suffix in pieces[0]}
+        parts = {
+            part.suffix: parts[part.suffix].view(part.dtype)
+            for part in self.parts(*weight.shape)
+            if part.suffix in parts
+        }
+        return {**parts, "weight_codebook": self._levels(weight.device)} if self.has_table else parts
+
+    def _encode(self, weight: torch.Tensor, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
+        rows, columns = weight.shape
+        grouped = rotate(weight, self.rotation).view(rows, columns // self.group, self.group)
+        levels = self._levels(weight.device)
+        nearest = None if self.bits == 6 else _nearest_table(levels)
+        scale = self._fitted(grouped, levels, nearest)
+        # The largest weight that the codes can reach becomes 127 steps of the row.
+        row = (scale.squeeze(-1).amax(-1) * (levels.abs().max() / LIMIT)).clamp_(min=_FLOOR)
+        target = grouped / row.view(-1, 1, 1)
+        relative = (scale.squeeze(-1) / row.view(-1, 1)).to(torch.float8_e4m3fn)
+        if self.bits == 6:
+            relative = self._best_neighbour(target, relative)
+        codes = self._codes(target, relative.float().unsqueeze(-1), levels, nearest, generator)
+        packed = pack(codes.view(rows, columns), self.bits).view(torch.int8)
+        return {"weight": packed, "weight_s_rel": relative, "weight_s_channel": row}
+
+    def int8(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the rotated weight on the int8 grid, [n, K]; times ``weight_s_channel`` it is the weight."""
+        rows, groups = parts["weight_s_rel"].shape
+        step = max(_PIECE // max(groups * self.group, 1), 1) if parts["weight"].device.type == "cpu" else max(rows, 1)
+        table = parts["weight_codebook"].float() if self.has_table else None
+        pieces = [
+            self._int8(parts["weight"][at : at + step], parts["weight_s_rel"][at : at + step], table)
+            for at in range(0, rows, step)
+        ]
+        return torch.cat(pieces)
+
+    def _int8(self, packed: torch.Tensor, relative: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+        rows, groups = relative.shape
+        codes = unpack(packed, groups * self.group, self.bits)
+        values = codes.float().sub_(1 << (self.bits - 1)) if table is None else _pick(table, codes.int())
+        grid = values.view(rows, groups, self.group).mul_(relative.float().unsqueeze(-1)).round_().clamp_(-LIMIT, LIMIT)
+        return grid.view(rows, -1).to(torch.int8)
+
+    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return rotate(self.int8(parts).float() * parts["weight_s_channel"].view(-1, 1), self.rotation)
+
+    def _levels(self, device: torch.device) -> torch.Tensor:
+        if self.bits == 6:
+            return torch.arange(-_SIX, _SIX + 1, dtype=torch.float32, device=device)
+        return torch.tensor(LEVELS if self.codebook else range(-8, 8), dtype=torch.float32, device=device)
+
+    def _fitted(self, grouped: torch.Tensor, levels: torch.Tensor, nearest: torch.Tensor | None) -> torch.Tensor:
+        """Return the group scales [n, groups, 1] after alternating least squares."""
+        scale = (grouped.abs().amax(-1, keepdim=True) / max(round(levels.max().item()), 1)).clamp_(min=_FLOOR)
+        for _ in range(_REFITS):
+            ratio = grouped / scale
+            if nearest is None:
+                chosen = ratio.round_().clamp_(-_SIX, _SIX)
+            else:
+                chosen = _pick(levels, _nearest(nearest, ratio))
+            power = (chosen * chosen).sum(-1, keepdim=True)
+            scale = (chosen.mul_(grouped).sum(-1, keepdim=True) / power.clamp_(min=_FLOOR)).clamp_(min=_FLOOR)
+        return scale
+
+    def _best_neighbour(self, target: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
+        """Return for every group that of the fp8 scale and its two neighbours which the group fits best through the grid."""
+        raw = relative.view(torch.uint8).to(torch.int16)
+        best, least = relative, None
+        for step in (0, -1, 1):
+            trial = (raw + step).clamp_(1, _E4M3_LARGEST).to(torch.uint8).view(torch.float8_e4m3fn)
+            factor = trial.float().unsqueeze(-1)
+            codes = (target / factor).round_().clamp_(-_SIX, _SIX)
+            error = ((codes * factor).round_().clamp_(-LIMIT, LIMIT) - target).pow_(2).sum(-1)
+            if least is None:
+                best, least = trial, error
+                continue
+            better = error < least
+            least = torch.where(better, error, least)
+            best = torch.where(better, trial.view(torch.uint8), best.view(torch.uint8)).view(torch.float8_e4m3fn)
+        return best
+
+    def _codes(
+        self,
+        target: torch.Tensor,
+        factor: torch.Tensor,
+        levels: torch.Tensor,
+        nearest: torch.Tensor | None,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        """Return stored codes [n, groups, group], each the level whose int8 value is nearest its target."""
+        last = levels.numel() - 1
+        offset = 1 if self.bits == 6 else 0
+
+        def grid(index: torch.Tensor) -> torch.Tensor:
+            values = (index - _SIX).float() if self.bits == 6 else _pick(levels, index)
+            return values.mul_(factor).round_().clamp_(-LIMIT, LIMIT)
+
+        ratio = target / factor
+        first = ratio.round_().clamp_(-_SIX, _SIX).int() + _SIX if nearest is None else _nearest(nearest, ratio)
+        if generator is not None:
+            # The grid is sorted, so the level below a target is the first guess or a neighbour of it.
+            below = (first - (grid(first) > target).int()).clamp_(0, last - 1)
+            low, high = grid(below), grid(below + 1)
+            point = low + (high - low) * torch.rand(target.shape, generator=generator, device=target.device)
+            return (below + (target > point).int() + offset).to(torch.uint8)
+        best, least = first, grid(first).sub_(target).abs_()
+        for step in (-1, 1):  # rounding to the grid may bring a neighbour nearer
+            trial = (first + step).clamp_(0, last)
+            error = grid(trial).sub_(target).abs_()
+            best, least = torch.where(error < least, trial, best), torch.minimum(error, least)
+        return (best + offset).to(torch.uint8)
+
+
+#: Entries worked on at a time: what the caches of a core hold.
+_PIECE = 1 << 17
+_FINE = 1024
+
+
+def _nearest_table(levels: torch.Tensor) -> torch.Tensor:
+    """Return the index of the nearest level for -1 to 1 in steps of 1/1024, int32 [2049]."""
+    ticks = torch.linspace(-1, 1, 2 * _FINE + 1, device=levels.device)
+    return torch.bucketize(ticks, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+
+
+def _nearest(table: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """Return the index of the level nearest ``ratio`` (within 1/1024 of a tie, either), int32; ``ratio`` is used up.
+
+    A table is a fourth of the time of searching, and what it gets wrong at a tie costs nothing.
+    """
+    ticks = ratio.add_(1).mul_(_FINE).round_().clamp_(0, 2 * _FINE).int()
+    return table.index_select(0, ticks.view(-1)).view(ratio.shape)
+
+
+def _pick(levels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return levels.index_select(0, index.view(-1)).view(index.shape)

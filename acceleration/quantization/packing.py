@@ -1,0 +1,51 @@
+"""Codes of 4 and 6 bits in bytes, as ComfyUI's file format lays them out.
+
+4 bits: byte j of a row holds column 2j in its low half and column 2j + 1 in its high half. 6 bits: the same bytes of
+the low 4 bits, followed by K/4 bytes with the top 2 bits, column c in byte c // 4 at bit 2 (c mod 4).
+"""
+
+import torch
+
+
+def row_bytes(columns: int, bits: int) -> int:
+    """Return the bytes of a packed row.
+
+    Raises:
+        ValueError: bits other than 4 and 6, or columns that do not fill the bytes.
+    """
+    if bits not in (4, 6):
+        raise ValueError(f"{bits} bits: codes of 4 or 6 bits can be packed")
+    if columns % (2 if bits == 4 else 4):
+        raise ValueError(f"{columns} columns of {bits} bits do not fill whole bytes")
+    return columns * bits // 8
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return uint8 [N, K * bits / 8] of unsigned codes [N, K] (any integer dtype, values below 2^bits)."""
+    row_bytes(codes.shape[-1], bits)
+    codes = codes.to(torch.uint8)
+    low = (codes[:, 0::2] & 15) | (codes[:, 1::2] << 4)
+    if bits == 4:
+        return low
+    top = codes >> 4
+    high = top[:, 0::4] | (top[:, 1::4] << 2) | (top[:, 2::4] << 4) | (top[:, 3::4] << 6)
+    return torch.cat([low, high], 1)
+
+
+def unpack(packed: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
+    """Return uint8 codes [N, columns] of packed uint8 or int8 rows.
+
+    Raises:
+        ValueError: a row has another number of bytes than ``columns`` codes take.
+    """
+    expected = row_bytes(columns, bits)
+    if packed.shape[-1] != expected:
+        raise ValueError(f"rows of {packed.shape[-1]} bytes; {columns} codes of {bits} bits take {expected}")
+    packed = packed.view(torch.uint8)
+    low = packed[:, : columns // 2]
+    codes = torch.stack([low & 15, low >> 4], -1).view(packed.shape[0], columns)
+    if bits == 6:
+        high = packed[:, columns // 2 :]
+        top = torch.stack([high & 3, (high >> 2) & 3, (high >> 4) & 3, high >> 6], -1).view(packed.shape[0], columns)
+        codes = codes | (top << 4)
+    return codes

@@ -1,0 +1,131 @@
+"""Loaders of quantized checkpoints."""
+
+from pathlib import Path
+
+import comfy.sd
+import folder_paths
+from comfy_api.latest import io
+
+from ..acceleration.errors import StrettoError
+from ..acceleration.hosts import comfy_quantization as host
+
+NONE = "none"
+FORMATS = [host.AS_IS, "int8", "w6a8", "w4a8", "fp8"]
+LOADERS = [host.AUTOMATIC, host.STRETTO, host.CORE]
+TYPES = [kind.name.lower() for kind in comfy.sd.CLIPType]
+_FORMAT_TIP = (
+    "What to do with a 16-bit or GGUF file while loading it: int8 has nearly the quality of 16 bit at half the size, w6a8 and "
+    "w4a8 are smaller. Files that are quantized already are loaded as they are."
+)
+_LOADER_TIP = "Automatic leaves to ComfyUI what it loads best by itself, and says so."
+
+
+def files(kind: str) -> list[str]:
+    """Return the names to choose from: what ComfyUI lists, and GGUF files in the same folders."""
+    names = list(folder_paths.get_filename_list(kind))
+    for folder in map(Path, folder_paths.get_folder_paths(kind)):
+        if folder.is_dir():
+            names += [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.gguf"))]
+    return list(dict.fromkeys(names))
+
+
+def path_of(kind: str, name: str) -> str:
+    """Return the path of a name that :func:`files` lists.
+
+    Raises:
+        StrettoError: there is no such file in ComfyUI's folders.
+    """
+    found = folder_paths.get_full_path(kind, name)
+    if found is None:
+        raise StrettoError(
+            f"{name!r:.200} is in none of ComfyUI's {kind} folders; reload the page to see what is there"
+        )
+    return found
+
+
+class StrettoLoadDiffusionModel(io.ComfyNode):
+    """Load a diffusion model in any quantized format, or quantize it while loading."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="StrettoLoadDiffusionModel",
+            display_name="Stretto Load Diffusion Model",
+            category="Stretto/loaders",
+            description="Loads 8-, 6- and 4-bit models in ComfyUI's quantized format, scaled fp8 and GGUF, or quantizes a 16-bit "
+            "model while loading it. Says which format it found, which products it uses and how much memory it saves.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=files("diffusion_models"),
+                    tooltip="A file in ComfyUI's diffusion_models folders.",
+                ),
+                io.Combo.Input("format", options=FORMATS, default=host.AS_IS, tooltip=_FORMAT_TIP),
+                io.Combo.Input(
+                    "lora",
+                    options=[host.BRANCH, host.REQUANTIZE],
+                    default=host.BRANCH,
+                    tooltip="Where LoRAs go: beside the weights they are exact and cost a little time per step; in the weights "
+                    "they cost none and are rounded with them.",
+                ),
+                io.Combo.Input("loader", options=LOADERS, default=host.AUTOMATIC, tooltip=_LOADER_TIP),
+            ],
+            outputs=[io.Model.Output(display_name="model"), io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, format: str, lora: str, loader: str) -> io.NodeOutput:
+        model, report = host.load_diffusion_model(path_of("diffusion_models", model_name), format, loader, lora)
+        return io.NodeOutput(model, report.text())
+
+
+class StrettoLoadTextEncoder(io.ComfyNode):
+    """Load a text encoder in any quantized format, or quantize it while loading."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="StrettoLoadTextEncoder",
+            display_name="Stretto Load Text Encoder",
+            category="Stretto/loaders",
+            description="Loads a text encoder in ComfyUI's quantized format, scaled fp8 or GGUF, or quantizes a 16-bit one while "
+            "loading it. Only weights are rounded: a text encoder runs once per prompt.",
+            inputs=[
+                io.Combo.Input(
+                    "clip_name", options=files("text_encoders"), tooltip="A file in ComfyUI's text_encoders folders."
+                ),
+                io.Combo.Input("type", options=TYPES, tooltip="The model family the encoder is for."),
+                io.Combo.Input(
+                    "format", options=[host.AS_IS, "int8", "fp8", "w4a16"], default=host.AS_IS, tooltip=_FORMAT_TIP
+                ),
+                io.Combo.Input("loader", options=LOADERS, default=host.AUTOMATIC, tooltip=_LOADER_TIP),
+                *[
+                    io.Combo.Input(
+                        f"clip_name{number}",
+                        options=[NONE, *files("text_encoders")],
+                        default=NONE,
+                        optional=True,
+                        tooltip="A further encoder, for models with more than one (FLUX: CLIP L beside T5; SD3: CLIP G too).",
+                    )
+                    for number in (2, 3, 4)
+                ],
+            ],
+            outputs=[io.Clip.Output(display_name="clip"), io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        clip_name: str,
+        type: str,
+        format: str,
+        loader: str,
+        clip_name2: str = NONE,
+        clip_name3: str = NONE,
+        clip_name4: str = NONE,
+    ) -> io.NodeOutput:
+        names = [name for name in (clip_name, clip_name2, clip_name3, clip_name4) if name != NONE]
+        paths = [path_of("text_encoders", name) for name in names]
+        folders = folder_paths.get_folder_paths("embeddings")
+        clip, reports = host.load_text_encoder(paths, type, format, loader, folders)
+        return io.NodeOutput(clip, "\n".join(report.text() for report in reports))
