@@ -13,6 +13,8 @@ MARKS = {"computed": "#", "forecast": "~", "reused": ".", "mixed": "+"}
 #: What a user reads for each decision.
 WORDS = {"computed": "computed", "forecast": "forecast", "reused": "reused", "mixed": "partly"}
 SKIPPED = ("forecast", "reused")
+#: Techniques that make computed steps cheaper.
+CHEAPER_STEPS = ("attention", "guidance", "resolution")
 BRANCHES = ("cond", "uncond", "other")
 
 
@@ -170,6 +172,11 @@ def _is_plain(trace: Trace) -> bool:
 def kept_by_layer(attention: dict[str, Any]) -> dict[int, float]:
     """Return the mean share of key blocks that the heads of each layer kept, of a trace's ``attention``."""
     return {item["layer"]: math.fsum(item["kept"]) / len(item["kept"]) for item in attention["layers"]}
+
+
+def saves_work(trace: Trace) -> bool:
+    """Whether a technique other than caching made steps cheaper: its gain is measured, not predicted from skipped steps."""
+    return any(item["technique"] in CHEAPER_STEPS and item["status"] != "off" for item in trace["techniques"])
 
 
 def sparse_share(trace: Trace) -> float | None:

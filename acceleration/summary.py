@@ -11,6 +11,7 @@ from .figures import (
     counts,
     mebibytes,
     rows,
+    saves_work,
     share_of_skipped,
     sparse_seconds,
     sparse_share,
@@ -56,7 +57,7 @@ def summary(trace: Trace, plain: Trace | None = None) -> str:
 def gain(trace: Trace, plain: Trace | None) -> str:
     """Return predicted and measured speed-up in a few words, ``""`` where nothing was skipped."""
     predicted = ceiling(trace)
-    if predicted is None and sparse_share(trace) is None:
+    if predicted is None and not saves_work(trace):
         return ""
     measured = "no plain run to compare with" if plain is None else f"measured {speed_up(trace, plain):.2f}x"
     return measured if predicted is None else f"predicted {predicted:.2f}x · {measured}"
@@ -99,7 +100,7 @@ def _prediction(trace: Trace) -> list[str]:
 def _measurement(trace: Trace, plain: Trace | None) -> list[str]:
     """Say what was gained, where something was to be gained."""
     predicted = ceiling(trace)
-    if predicted is None and sparse_share(trace) is None:
+    if predicted is None and not saves_work(trace):
         return []
     if plain is None:
         return [NO_PLAIN]
@@ -109,7 +110,7 @@ def _measurement(trace: Trace, plain: Trace | None) -> list[str]:
         f"{measured:.2f}x was measured against the plain run{seed} ({plain['seconds']['sampler']:.3f} s in the sampler); "
         "one run each."
     )
-    if predicted is not None and measured > TOO_GOOD * predicted and sparse_share(trace) is None:
+    if predicted is not None and measured > TOO_GOOD * predicted and not saves_work(trace):
         words += " That is more than skipping explains: the plain run may have loaded the model first. Queue it once more."
     return [words]
 

@@ -10,6 +10,7 @@ from .calibrate import StrettoCalibrate
 from .demo import StrettoDemoText
 from .guidance import StrettoGuidanceSaver
 from .load_attention_weights import StrettoLoadAttentionWeights
+from .load_quantized import StrettoLoadDiffusionModel, StrettoLoadTextEncoder
 from .measure import StrettoMeasure
 from .profile import StrettoProfile
 from .report import StrettoReport
@@ -47,6 +48,8 @@ class StrettoExtension(ComfyExtension):
             StrettoCacheSchedule,
             StrettoSparseAttention,
             StrettoLoadAttentionWeights,
+            StrettoLoadDiffusionModel,
+            StrettoLoadTextEncoder,
             StrettoGuidanceSaver,
             StrettoProgressiveResolution,
             StrettoProgressiveSampler,

@@ -103,7 +103,7 @@ def test_the_store_is_the_caches_own_whoever_chose_the_rest(nodes, tiny):  # noq
     from stretto.acceleration.caching.presets import Preset, Provenance
 
     node = nodes["StrettoCache"]
-    assert [item.id for item in node.define_schema().inputs][-2:] == ["calibrated", "store"]
+    assert [item.id for item in node.define_schema().inputs][-2:] == ["store", "text_features"]
     preset = Preset("any", "any", "Taylor", {"interval": 2}, (1, 100), Provenance("a test"))
     numbers = ("Taylor", 3, 1, 0.05, 4, 5, False)
     for chosen in ({}, {"calibrated": preset}):

@@ -1,0 +1,163 @@
+"""Progressive resolution."""
+
+import inspect
+
+from comfy_api.latest import io
+
+from ..acceleration.hosts import comfy as host
+from ..acceleration.plan import Request
+from ..acceleration.resolution.settings import CUSTOM, METHODS, ResolutionSettings, parse_numbers
+from ..acceleration.resolution.spectrum import SPECTRA, fit_spectrum
+
+#: Newer editors fold such inputs away.
+ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}
+DEFAULTS = ResolutionSettings()
+
+
+class StrettoProgressiveResolution(io.ComfyNode):
+    """Sample the first, noisy steps at a smaller size."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="StrettoProgressiveResolution",
+            display_name="Stretto Progressive Resolution",
+            category="Stretto",
+            description=(
+                "The first steps decide coarse structure only: they run on a smaller latent, on the same path as the full run. "
+                "For flow models (FLUX, SD3, Wan, Qwen-Image, ...) and any sampler node."
+            ),
+            inputs=[io.Model.Input("model", tooltip="The diffusion transformer to accelerate."), *_inputs()],
+            outputs=[io.Model.Output(display_name="model")],
+        )
+
+    @classmethod
+    def execute(cls, model, **inputs) -> io.NodeOutput:
+        return io.NodeOutput(host.request(model, _request(**inputs)))
+
+
+class StrettoProgressiveSampler(io.ComfyNode):
+    """The same as a sampler, for custom sampling graphs."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="StrettoProgressiveSampler",
+            display_name="Stretto Progressive Sampler",
+            category="Stretto",
+            description=(
+                "Wraps a sampler so that its first steps run on a smaller latent, on the same path as the full run. For "
+                "SamplerCustom and SamplerCustomAdvanced; with KSampler use Stretto Progressive Resolution."
+            ),
+            inputs=[
+                io.Sampler.Input("sampler", tooltip="The sampler to run in stages, from KSamplerSelect for example."),
+                *_inputs(),
+            ],
+            outputs=[io.Sampler.Output(display_name="sampler")],
+        )
+
+    @classmethod
+    def execute(cls, sampler, **inputs) -> io.NodeOutput:
+        return io.NodeOutput(host.progressive_sampler(sampler, _request(**inputs)))
+
+
+class StrettoSpectrum(io.ComfyNode):
+    """Measure how fast a model's latents lose power towards fine detail."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="StrettoSpectrum",
+            display_name="Stretto Spectrum",
+            category="Stretto",
+            description=(
+                "Fits the power spectrum of some clean latents (VAE Encode of a few of your pictures, or finished samples). "
+                "Its two numbers tell the progressive resolution nodes when small stages may end for this model."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The model the latents are for: it tells their scale."),
+                io.Latent.Input("latent", tooltip="Clean latents, the more the better; twenty pictures are plenty."),
+            ],
+            outputs=[
+                io.Float.Output(display_name="amplitude"),
+                io.Float.Output(display_name="exponent"),
+                io.String.Output(display_name="report"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, latent) -> io.NodeOutput:
+        found = fit_spectrum(model.model.process_latent_in(latent["samples"]))
+        words = f"power = {found.amplitude:.4g} x cycles^-{found.exponent:.4g}, {found.source}"
+        return io.NodeOutput(found.amplitude, found.exponent, words)
+
+
+def _request(
+    stages: str, switches: str, delta: float, spectrum: str, required: bool, method: str = DEFAULTS.method, **more
+) -> Request:
+    settings = {
+        "method": method,
+        "stages": parse_numbers("stages", stages),
+        "switches": [share / 100.0 for share in parse_numbers("switches", switches)],
+        "delta": delta,
+        "spectrum": spectrum,
+        **more,
+    }
+    return Request("resolution", settings, required=required)
+
+
+def _inputs() -> list[io.Input]:
+    """What both nodes ask for; saved values are positional: append only."""
+    methods = "; ".join(f"{name}: {words}" for name, words in METHODS.items())
+    return [
+        io.String.Input(
+            "stages",
+            default="0.5, 1",
+            tooltip="Sizes in running order, as shares of the side; the last is 1. 0.5, 1 is a good start; "
+            "0.5, 0.75, 1 is gentler; 1, 0.5, 1 begins at full size, too.",
+        ),
+        io.String.Input(
+            "switches",
+            default="",
+            tooltip="Percent of the steps at which stages end, such as 30, or 20, 40 for three stages. Empty: chosen from the "
+            "spectrum and delta.",
+        ),
+        io.Float.Input(
+            "delta",
+            default=DEFAULTS.delta,
+            min=0.001,
+            max=0.5,
+            step=0.005,
+            round=0.001,
+            tooltip="Speed: how much of the fine detail's power a small stage may miss. 0.01 is safe, 0.05 is fast.",
+        ),
+        io.Combo.Input(
+            "spectrum",
+            options=[*SPECTRA, CUSTOM],
+            default=DEFAULTS.spectrum,
+            tooltip="How fast this model's latents lose power towards fine detail. custom: the two numbers below, from "
+            "Stretto Spectrum.",
+        ),
+        io.Boolean.Input(
+            "required",
+            default=False,
+            tooltip="Stop with an error instead of sampling plainly when the run cannot be cut into stages.",
+        ),
+        io.Float.Input(
+            "amplitude", default=DEFAULTS.amplitude, min=1e-6, max=1e9, step=0.001, round=1e-6, optional=True,
+            tooltip="Power at one cycle over the shorter side, noise having 1. (custom)", **ADVANCED,
+        ),
+        io.Float.Input(
+            "exponent", default=DEFAULTS.exponent, min=0.001, max=20.0, step=0.001, round=1e-6, optional=True,
+            tooltip="How fast power falls with frequency. (custom)", **ADVANCED,
+        ),
+        io.Int.Input(
+            "min_side", default=DEFAULTS.min_side, min=2, max=4096, optional=True,
+            tooltip="Shortest side of a stage, in latent pixels (usually 8 pixels each). Much below the sizes a model was "
+            "trained on, compositions change.", **ADVANCED,
+        ),
+        io.Combo.Input(
+            "method", options=list(METHODS), default=DEFAULTS.method, optional=True,
+            tooltip=f"How stages follow on each other. {methods}.", **ADVANCED,
+        ),
+    ]  # fmt: skip
