@@ -1,0 +1,36 @@
+"""Finding out what each head of a model needs: probe, curves, choice, and the plan file that comes of it."""
+
+from .curves import Allocation, hull, within_cost, within_error
+from .find import Limits, Problem, as_plan, cheapest_that_passes, pose
+from .latency import LatencyTable, ideal, measure
+from .patterns import Pattern, candidates, head_selection
+from .plan_file import ModelTag, PlanFile, from_steps, load_plan, save_plan, structure_hash
+from .probe import LADDER, Curves, Option, Probe
+
+__all__ = [
+    "LADDER",
+    "Allocation",
+    "Curves",
+    "LatencyTable",
+    "Limits",
+    "ModelTag",
+    "Option",
+    "Pattern",
+    "PlanFile",
+    "Probe",
+    "Problem",
+    "as_plan",
+    "candidates",
+    "cheapest_that_passes",
+    "from_steps",
+    "head_selection",
+    "hull",
+    "ideal",
+    "load_plan",
+    "measure",
+    "pose",
+    "save_plan",
+    "structure_hash",
+    "within_cost",
+    "within_error",
+]
