@@ -123,7 +123,8 @@ def test_an_accelerated_workflow_is_the_plain_one_and_a_cache(medium, kind, obje
 
 
 def test_the_text_is_made_for_the_model_it_goes_to(shipped):
-    models = {node["widgets_values"][0] for node in shipped["nodes"] if node["type"] == "UNETLoader"}
+    loaders = ("UNETLoader", "StrettoLoadDiffusionModel")
+    models = {node["widgets_values"][0] for node in shipped["nodes"] if node["type"] in loaders}
     texts = [node["widgets_values"] for node in shipped["nodes"] if node["type"] == "StrettoDemoText"]
     assert {f"stretto-demo-{model}.safetensors" for _, model in texts} == models and len(texts) == 2
 
