@@ -77,6 +77,27 @@ def test_a_dropped_workflow_runs_and_shows_its_report(editor, kind):
     assert editor.script_errors == []
 
 
+@pytest.mark.parametrize("kind", ["guidance", "progressive", "quantized"])
+def test_a_dropped_workflow_of_another_technique_runs_and_shows_its_report(editor, kind):
+    drop(editor, kind)
+    editor.get_by_test_id("queue-button").click()
+    for node in ("SaveImage", "StrettoReport"):
+        editor.wait_for_function(HAS_PICTURE, arg=node, timeout=180_000)
+    fit_and_shoot(editor, f"editor-{kind}")
+    assert re.search(r"\b28\b", editor.evaluate(REPORT_TEXT)), "the report's text is not on the node"
+    assert editor.script_errors == []
+
+
+def test_sparse_attention_on_a_clip_shows_what_each_head_kept(editor):
+    drop(editor, "sparse", "video")
+    editor.get_by_test_id("queue-button").click()
+    for node in ("StrettoReport", "PreviewImage"):
+        editor.wait_for_function(HAS_PICTURE, arg=node, timeout=180_000)
+    fit_and_shoot(editor, "editor-video-sparse")
+    assert "of the key blocks kept" in editor.evaluate(REPORT_TEXT)
+    assert editor.script_errors == []
+
+
 def test_a_dropped_video_workflow_runs_and_shows_its_clip(editor):
     drop(editor, "taylor", "video")
     editor.get_by_test_id("queue-button").click()
