@@ -36,8 +36,6 @@ class FitRun:
 
     def observe(self, call: Call, run: PlanRun, view: View, v: torch.Tensor) -> None:
         """Learn from one attention that the network computes densely; ``v`` as the network gives it."""
-        if not self.wanted:
-            return
         if view.geometry.length < view.q_block:
             return  # a single block, and it is ragged
         blocks = run.select(view)[1]

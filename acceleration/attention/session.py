@@ -98,11 +98,12 @@ class AttentionSession:
             return None
         geometry, kv_length = found
         run = self._run(geometry, asked)
-        view = run.view(geometry, asked, layer, kv_length)
         if not self._sparse_step:
             self.dense[DENSE_STEPS] += 1
-            self.fit.observe(call, run, view, asked.v)
+            if run.plan.correction.fitted:
+                self.fit.observe(call, run, run.view(geometry, asked, layer, kv_length), asked.v)
             return None
+        view = run.view(geometry, asked, layer, kv_length)
         made = run.attend(view, asked.v, self.fit.share(layer) if run.plan.correction.fitted else None)
         self.backends[made.backend] += 1
         self.audit.add(call, made)
