@@ -1,5 +1,6 @@
 """What sparse attention kept, and how far off it was: numbers for the report, gathered while a run goes on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,27 @@ class _Layer:
     calls: int
     tokens: int
     blocks: tuple[int, int]
+
+
+@dataclass
+class Seen:
+    """Some heads of one sparse attention.
+
+    Attributes:
+        share: of the key blocks, by head [h].
+        tokens: of the sequence.
+        blocks: of queries and of keys.
+        picture: the mask drawn small [h, cells, cells]; None where nobody looks closely, like what follows.
+        error: relative L2 distance to full attention [h].
+        mass: share of the softmax's mass in kept blocks [h].
+    """
+
+    share: torch.Tensor
+    tokens: int
+    blocks: tuple[int, int]
+    picture: torch.Tensor | None = None
+    error: torch.Tensor | None = None
+    mass: torch.Tensor | None = None
 
 
 @dataclass
@@ -57,27 +79,33 @@ class Audit:
         if self._kept:
             evaluation.attention_kept = torch.stack(self._kept).mean()
 
-    def add(self, call: Call, made: Attended) -> None:
-        """Count one sparse attention."""
+    def look(self, call: Call, made: Attended) -> Seen:
+        """Return the numbers of some heads of one sparse attention, before its tensors go."""
         view, blocks, mask = made.view, made.blocks, made.selection.mask
-        q, k, layer = view.q, view.k, view.layer
-        heads, keys = q.shape[1], -(-k.shape[2] // blocks.kv_block)
-        share = blocks.count.float().mean(dim=(0, 2)) / keys
-        share = share.expand(heads)
+        q, k = view.q, view.k
+        size = -(-q.shape[2] // blocks.q_block), -(-k.shape[2] // blocks.kv_block)
+        share = (blocks.count.float().mean(dim=(0, 2)) / size[1]).expand(q.shape[1])
+        if not self._closely:
+            return Seen(share, q.shape[2], size)
+        row = _cond_row(call)
+        length = k.shape[2] if view.kv_length is None else int(view.kv_length[row])
+        pair = compared(q[row], k[row], made.v[row], made.out[row], mask, row, blocks, view.scale, length)
+        picture = _shrunk(mask[min(row, mask.shape[0] - 1)]).expand(q.shape[1], -1, -1)
+        return Seen(share, q.shape[2], size, picture, *pair)
+
+    def add(self, call: Call, layer: int, seen: Sequence[Seen]) -> None:
+        """Count one sparse attention; ``seen`` are its heads in order, in one or more pieces."""
+        share = torch.cat([piece.share for piece in seen])
         self._kept.append(share.mean())
         known = self.layers.get(layer)
         if known is None:
-            queries = -(-q.shape[2] // blocks.q_block)
-            self.layers[layer] = _Layer(share.clone(), 1, q.shape[2], (queries, keys))
+            self.layers[layer] = _Layer(share.clone(), 1, seen[0].tokens, seen[0].blocks)
         elif known.kept.shape == share.shape:
             known.kept, known.calls = known.kept + share, known.calls + 1
-        if not self._closely:
-            return
-        row = _cond_row(call)
-        self.pictures[layer] = _shrunk(mask[min(row, mask.shape[0] - 1)])
-        length = k.shape[2] if view.kv_length is None else int(view.kv_length[row])
-        pair = compared(q[row], k[row], made.v[row], made.out[row], mask, row, blocks, view.scale, length)
-        self.samples.append(_Sample(call.evaluation.step, layer, *pair))
+        if self._closely:
+            self.pictures[layer] = torch.cat([piece.picture for piece in seen])
+            error, mass = (torch.cat([getattr(piece, name) for piece in seen]) for name in ("error", "mass"))
+            self.samples.append(_Sample(call.evaluation.step, layer, error, mass))
 
     def report(self) -> dict[str, Any]:
         """Return everything as JSON values; see ``attention`` in trace@1."""

@@ -10,12 +10,16 @@ from ...kernels.block_sparse_attention import BlockList, Tail, block_sparse_atte
 from ..evaluation import Attention
 from .builders import Selection, top_k
 from .fitting import blend
+from .geometry import Geometry
 from .linear import LinearBranch, complete_rows
 from .methods.clear import PooledKeys, merge
 from .order import TokenOrder
 from .plan import AttentionPlan, View
 from .scores import projected
 from .weights import AttentionWeights
+
+#: Bytes of queries, keys, values and outputs in the plan's order at a time. On a GPU fewer heads would not fill it.
+COPIES, COPIES_CPU = 64 << 20, 8 << 20
 
 
 @dataclass
@@ -59,7 +63,46 @@ class PlanRun:
     pooled: dict[int | None, PooledKeys] = field(default_factory=dict)
     static: tuple[Selection, BlockList] | None = None
 
-    def view(self, geometry: Any, asked: Attention, layer: int, kv_length: torch.Tensor | None) -> View:
+    def attention(
+        self,
+        geometry: Geometry,
+        asked: Attention,
+        layer: int,
+        kv_length: torch.Tensor | None,
+        fitted: tuple[LinearBranch, torch.Tensor] | None,
+        watch: Callable[[Attended], None],
+    ) -> torch.Tensor:
+        """Return one sparse attention [B, H, N, d] in the network's own order of tokens.
+
+        Heads are computed in groups whose copies, in the plan's order, stay small.
+
+        Args:
+            geometry: where the picture's tokens stand.
+            asked: the attention.
+            layer: which one of the network.
+            kv_length: int32 [B], valid keys once the picture's tokens stand first; None: all.
+            fitted: see :meth:`attend`.
+            watch: is shown every group while its tensors are there.
+        """
+        heads = self._heads_at_once(asked)
+        batch, total, tokens, size = asked.q.shape
+        if heads >= total:
+            made = self.attend(self.view(geometry, asked, layer, kv_length), asked.v, fitted)
+            watch(made)
+            return self.as_given(made.out)
+        # Most networks go on with all heads of a token side by side.
+        given = asked.q.new_empty(batch, tokens, total, size)
+        group = total // asked.k.shape[1]
+        for first in range(0, total, heads):
+            part, keys = slice(first, first + heads), slice(first // group, -(-(first + heads) // group))
+            some = replace(asked, q=asked.q[:, part], k=asked.k[:, keys], v=asked.v[:, keys])
+            own = None if fitted is None else (fitted[0], fitted[1][part])
+            made = self.attend(self.view(geometry, some, layer, kv_length), some.v, own)
+            watch(made)
+            given[:, :, part].index_copy_(1, self.order.permutation, made.out.transpose(1, 2))
+        return given.transpose(1, 2)
+
+    def view(self, geometry: Geometry, asked: Attention, layer: int, kv_length: torch.Tensor | None) -> View:
         """Return an attention as the plan's builders look at it; tensors are gathered only where the order asks for it."""
         q, k = self.ordered(asked.q), self.ordered(asked.k)
         return View(
@@ -115,6 +158,17 @@ class PlanRun:
         given = out.new_empty(batch, tokens, heads, size)  # most networks go on with all heads of a token side by side
         given.index_copy_(1, self.order.permutation, out.transpose(1, 2))
         return given.transpose(1, 2)
+
+    def _heads_at_once(self, asked: Attention) -> int:
+        """Return how many heads to compute together."""
+        batch, total, tokens, size = asked.q.shape
+        together = self.branch is not None or self.pooled or self.plan.skip_heads or "heads" in self.plan.parameters
+        if self.order.identity or together:
+            return total  # nothing is copied, or heads are not alike
+        copies = 4 * batch * tokens * size * asked.q.element_size()
+        group = total // asked.k.shape[1]
+        most = COPIES_CPU if asked.q.device.type == "cpu" else COPIES
+        return max(1, most // copies // group) * group
 
     def ordered(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return [B, H, N, d] in the plan's order of tokens."""

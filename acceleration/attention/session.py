@@ -10,14 +10,14 @@ import torch
 from ..evaluation import Attention, Call, Evaluation
 from ..models import BlockSite, ModelDescriptor, ModulePart
 from ..models.modules import ATTN
-from .audit import Audit
+from .audit import Audit, Seen
 from .fit_run import FitRun
 from .geometry import Geometry
 from .key_mask import valid_keys
 from .locate import locate
 from .methods import METHODS
 from .order import token_order
-from .plan_run import PlanRun, pooled_by_layer, with_weights
+from .plan_run import Attended, PlanRun, pooled_by_layer, with_weights
 from .settings import AttentionSettings
 from .weights import AttentionWeights
 
@@ -103,11 +103,17 @@ class AttentionSession:
             if run.plan.correction.fitted:
                 self.fit.observe(call, run, run.view(geometry, asked, layer, kv_length), asked.v)
             return None
-        view = run.view(geometry, asked, layer, kv_length)
-        made = run.attend(view, asked.v, self.fit.share(layer) if run.plan.correction.fitted else None)
-        self.backends[made.backend] += 1
-        self.audit.add(call, made)
-        return run.as_given(made.out)
+        seen: list[Seen] = []
+
+        def watch(made: Attended) -> None:
+            if not seen:
+                self.backends[made.backend] += 1
+            seen.append(self.audit.look(call, made))
+
+        fitted = self.fit.share(layer) if run.plan.correction.fitted else None
+        out = run.attention(geometry, asked, layer, kv_length, fitted, watch)
+        self.audit.add(call, layer, seen)
+        return out
 
     def reset(self) -> None:
         """Nothing outlives a step."""

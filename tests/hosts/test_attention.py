@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import torch
 
+from stretto.acceleration.attention import plan_run
 from stretto.acceleration.attention.geometry import Geometry
 from stretto.acceleration.attention.key_mask import valid_keys
 from stretto.acceleration.attention.locate import locate
@@ -256,6 +257,20 @@ def test_a_network_that_asks_for_precision_keeps_full_attention(tiny):
         wan.optimized_attention = original
     assert options and torch.equal(result, plain)
     assert "the network asks for full precision" in trace_of()["attention"]["dense"]
+
+
+@pytest.mark.parametrize("method", ["Block mass", "DraftAttention", "Sliding tiles"])
+@pytest.mark.parametrize("family", ["wan", "flux"])
+def test_heads_one_by_one_are_heads_together(tiny, monkeypatch, family, method):
+    """To the same bits, with the same report: groups of heads only save memory."""
+    options = {"steps": 2, "cfg": 4.0, "shape": spatial(family)}
+    together = sample(host.request(tiny(family), request(method=method, keep=0.4)), family, **options)
+    expected = trace_of()["attention"]
+    monkeypatch.setattr(plan_run, "COPIES_CPU", 1)
+    apart = sample(host.request(tiny(family), request(method=method, keep=0.4)), family, **options)
+    assert relative(apart, together) < 1e-6
+    assert trace_of()["attention"]["layers"] == expected["layers"]
+    assert trace_of()["attention"]["pictures"] == expected["pictures"]
 
 
 class TestWithTheCache:
