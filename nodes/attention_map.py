@@ -44,7 +44,7 @@ def _title(found: dict[str, Any]) -> str:
     kept = list(kept_by_layer(found).values())
     size = found["layers"][0]
     return (
-        f"{found['method']} attention · {sum(kept) / len(kept):.0%} of the key blocks kept · {size['tokens']:,} tokens, "
+        f"Sparse attention · {found['method']} · {sum(kept) / len(kept):.0%} of the key blocks kept · {size['tokens']:,} tokens, "
         f"{size['blocks'][0]} x {size['blocks'][1]} blocks"
     )
 
