@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=["quality", "speed", []], default=[])
     parser.add_argument("--count", type=int, default=8, help="held-out prompts")
     parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="timed rounds; 0 only compares with full attention")
     parser.add_argument("--arms", default="", help="only arms whose name matches")
     args = parser.parse_args()
     parts = args.parts or ["quality", "speed"]
@@ -202,7 +202,9 @@ def main() -> None:
                 rows = speed(bench, arms, prompts[0], 6, args.rounds)
                 title = f"5,120 tokens, seconds a step, {args.rounds} rounds"
             print(table(rows, title))
-            document[part] = {**document.get(part, {}), **{name: row.to_json() for name, row in rows.items()}}
+            known = document.setdefault(part, {})
+            for name, row in rows.items():  # a part of the figures may be measured anew
+                known[name] = {**known.get(name, {}), **{key: v for key, v in row.to_json().items() if v is not None}}
             path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,5 @@
 """Feature caching."""
 
-import inspect
-
 from comfy_api.latest import io
 
 from ..acceleration.caching.methods import COORDINATES, LEVELS, METHODS, PRESETS
@@ -10,11 +8,10 @@ from ..acceleration.caching.store import STORES
 from ..acceleration.errors import StrettoError
 from ..acceleration.hosts import comfy as host
 from ..acceleration.plan import Request
+from .inputs import ADVANCED
 
 #: A preset on its way from Stretto Calibrate or Stretto Profile.
 PRESET_TYPE = io.Custom("STRETTO_PRESET")
-#: Newer editors fold such inputs away.
-ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}
 
 
 class StrettoCache(io.ComfyNode):

@@ -1,15 +1,12 @@
 """Guidance reduction."""
 
-import inspect
-
 from comfy_api.latest import io
 
 from ..acceleration.guidance.settings import AS_METHOD, FORECASTS, METHODS, NUMBERS, STAND_INS, WHOLE, GuidanceSettings
 from ..acceleration.hosts import comfy as host
 from ..acceleration.plan import Request
+from .inputs import ADVANCED
 
-#: Newer editors fold such inputs away.
-ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}
 #: At least 1.25x at CFG 5 on the demo model, far closer to the plain run than fewer steps (guidance_resolution.py).
 DEFAULTS = GuidanceSettings(interval=2, warmup=2, guide_from=0.1)
 

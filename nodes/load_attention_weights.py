@@ -1,6 +1,5 @@
 """Files of trained attention: SLA, SALAD, CLEAR."""
 
-import inspect
 import os
 from pathlib import Path
 
@@ -12,11 +11,10 @@ from ..acceleration.caching.preset_files import checked_name
 from ..acceleration.errors import StrettoError
 from ..acceleration.hosts.comfy_attention_weights import apply_clear
 from ..acceleration.models import describe
+from .inputs import ADVANCED
 
 #: Trained attention on its way to Stretto Sparse Attention.
 WEIGHTS_TYPE = io.Custom("STRETTO_ATTENTION_WEIGHTS")
-#: Newer editors fold such inputs away.
-ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}
 #: Folder under ComfyUI's models that file names are looked up in first.
 FOLDER = "attention"
 #: Kinds of model folders a full checkpoint or a file of weights may also lie in.

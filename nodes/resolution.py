@@ -1,16 +1,13 @@
 """Progressive resolution."""
 
-import inspect
-
 from comfy_api.latest import io
 
 from ..acceleration.hosts import comfy as host
 from ..acceleration.plan import Request
 from ..acceleration.resolution.settings import CUSTOM, METHODS, ResolutionSettings, parse_numbers
 from ..acceleration.resolution.spectrum import SPECTRA, fit_spectrum
+from .inputs import ADVANCED
 
-#: Newer editors fold such inputs away.
-ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}
 DEFAULTS = ResolutionSettings()
 
 

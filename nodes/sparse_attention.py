@@ -1,6 +1,5 @@
 """Sparse attention."""
 
-import inspect
 import re
 
 from comfy_api.latest import io
@@ -10,10 +9,9 @@ from ..acceleration.attention.settings import CHOICES, AttentionSettings
 from ..acceleration.errors import StrettoError
 from ..acceleration.hosts import comfy as host
 from ..acceleration.plan import Request
+from .inputs import ADVANCED
 from .load_attention_weights import WEIGHTS_TYPE
 
-#: Newer editors fold such inputs away.
-ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}
 DEFAULTS = AttentionSettings()
 
 

@@ -54,6 +54,7 @@ class PlanRun:
         branch: linear branch with its weights on the device, None without.
         pooled: CLEAR's pooled keys by layer; of all layers under None.
         static: selection and list of a plan that does not look at the data, once made.
+        backend: name of the kernel that its attentions take, once known.
     """
 
     plan: AttentionPlan
@@ -62,6 +63,7 @@ class PlanRun:
     branch: LinearBranch | None = None
     pooled: dict[int | None, PooledKeys] = field(default_factory=dict)
     static: tuple[Selection, BlockList] | None = None
+    backend: str | None = None
 
     def attention(
         self,
@@ -136,7 +138,8 @@ class PlanRun:
         if self.plan.correction.tail:
             extra["tail"] = pooled_tail(view.k, v, view.kv_block, view.kv_length)
         pooled = self.pooled.get(view.layer) or self.pooled.get(None)
-        backend = choose_backend(view.q, view.k, v, blocks, **extra)[0]
+        if self.backend is None:  # looking it up may wait for the device, and all attentions of a plan are alike
+            self.backend = choose_backend(view.q, view.k, v, blocks, **extra)[0]
         wants_lse = pooled is not None or self.branch is not None
         out, lse = block_sparse_attention(view.q, view.k, v, blocks, **extra, return_lse=wants_lse)
         if pooled is not None:
@@ -148,7 +151,7 @@ class PlanRun:
             other = branch.linear(view.q, view.k, v, blocks, view.kv_length)
             complete = complete_rows(blocks, view.q.shape[2], view.k.shape[2], view.kv_length)
             out = blend(out, other, share, complete)
-        return Attended(view, v, selection, blocks, out, backend)
+        return Attended(view, v, selection, blocks, out, self.backend)
 
     def as_given(self, out: torch.Tensor) -> torch.Tensor:
         """Return an output in the network's own order of tokens."""

@@ -71,7 +71,7 @@ def request(model: Any, wanted: Request) -> Any:
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     if inside_blocks(plan):
-        reach_modules(clone, _CALL.get)
+        reach_modules(clone, plan, _CALL.get)
     return clone
 
 

@@ -51,8 +51,8 @@ class TextPatch:
         return self.original(given, *args, **kwargs) if keep is None else keep(self.part, given, self.original)
 
 
-def reach_modules(clone: Any, current: Current) -> None:
-    """Patch what the plan of a MODEL needs to reach inside blocks; once, however often it is asked.
+def reach_modules(clone: Any, plan: Plan, current: Current) -> None:
+    """Patch what ``plan`` needs to reach inside blocks; once, however often it is asked.
 
     Cacheable modules are patched in front of what patches them already; text projections only where nobody does.
     """
@@ -60,7 +60,6 @@ def reach_modules(clone: Any, current: Current) -> None:
     descriptor = describe(network)
     if descriptor is None:
         return
-    plan: Plan = clone.model_options["transformer_options"]["stretto_plan"]
     if any(_whole_modules(request) for request in plan.requests):
         _reach_sites(clone, network, descriptor, current)
     if any(keeps_text(request) for request in plan.requests):
