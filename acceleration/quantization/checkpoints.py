@@ -8,7 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import StrettoError
-from .files import FileTensor, OpenFile, Stored, read_header
+from ..safetensors_header import read_header
+from .files import FileTensor, OpenFile, Stored
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_INDEX = 32 << 20

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import StrettoError
-from .files import MAX_HEADER, SPELLINGS
+from ..safetensors_header import MAX_HEADER, SPELLINGS
 
 #: Left free on the disk beside the file itself.
 _SLACK = 64 << 20

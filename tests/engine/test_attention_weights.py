@@ -9,8 +9,9 @@ import torch
 
 from stretto.acceleration.attention.linear import complete_rows
 from stretto.acceleration.attention.weights import clear_tensors, convert, load_weights
-from stretto.acceleration.attention.weights.files import read_header, read_tensor
+from stretto.acceleration.attention.weights.files import read_tensor
 from stretto.acceleration.errors import SchemaError, StrettoError
+from stretto.acceleration.safetensors_header import read_header
 from stretto.kernels.block_sparse_attention import BlockList, block_sparse_attention
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -419,9 +420,9 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (b"", "not a safetensors file, or truncated"),
-        (b"12345", "not a safetensors file, or truncated"),
-        (damaged({}, length=1 << 60), "header would be 1152921504606846976 bytes long"),
+        (b"", "truncated, or not a safetensors file"),
+        (b"12345", "truncated, or not a safetensors file"),
+        (damaged({}, length=1 << 60), "its header claims 1,152,921,504,606,846,976 bytes"),
         (damaged({"a": ONE}, bytes(8), length=999), "truncated"),
         (damaged(b"\xff\xfe{}"), "not a safetensors file"),
         (damaged(b"[1, 2]"), "its header is no object"),
@@ -429,13 +430,13 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (damaged(b"[" * 100000), "not a safetensors file"),
         (damaged({"a": ONE}, bytes(7)), "truncated; 72 bytes, expected 73|truncated"),
         (damaged({"a": ONE}, bytes(9)), "longer than its header says"),
-        (damaged({"a": ONE, "b": ONE}, bytes(8)), "b begins at byte"),
-        (damaged({"a": ONE | {"shape": [3]}}, bytes(8)), "a has 8 bytes; expected 12"),
+        (damaged({"a": ONE, "b": ONE}, bytes(8)), "'b' overlaps the tensor before it .it begins at byte"),
+        (damaged({"a": ONE | {"shape": [3]}}, bytes(8)), "'a' has 8 bytes; F32 .3. takes 12"),
         (damaged({"a": ONE | {"shape": [-2]}}, bytes(8)), "expected dtype, shape and data_offsets"),
-        (damaged({"a": ONE | {"shape": [1 << 40, 1 << 40]}}, bytes(8)), "a has 8 bytes"),
-        (damaged({"a": ONE | {"data_offsets": [8, 0]}}, bytes(8)), "a has -8 bytes"),
+        (damaged({"a": ONE | {"shape": [1 << 40, 1 << 40]}}, bytes(8)), "'a' has 8 bytes; F32 .* takes "),
+        (damaged({"a": ONE | {"data_offsets": [8, 0]}}, bytes(8)), "'a' has -8 bytes; F32 .2. takes 8"),
         (damaged({"a": ONE | {"data_offsets": [True, 8]}}, bytes(8)), "expected dtype, shape and data_offsets"),
-        (damaged({"a": 3}, bytes(8)), "a is 3; expected dtype"),
+        (damaged({"a": 3}, bytes(8)), "'a' is 3; expected dtype"),
         (damaged({"__metadata__": {"x": 3}}), "__metadata__ is .*expected texts"),
         (damaged({"something.else": ONE}, bytes(8)), "no attention weights that Stretto knows"),
         (damaged({}), "no attention weights that Stretto knows"),

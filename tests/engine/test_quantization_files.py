@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 from stretto.acceleration.errors import SchemaError, StrettoError
 from stretto.acceleration.quantization.checkpoints import open_checkpoint
-from stretto.acceleration.quantization.files import MAX_HEADER, read_header
 from stretto.acceleration.quantization.formats import COMFY, NF4, NUNCHAKU, SCALED_FP8, dequantized, find_formats
 from stretto.acceleration.quantization.inspecting import inspect, verify
 from stretto.acceleration.quantization.quantizing import plan_file, write_file
 from stretto.acceleration.quantization.recipes import PRESETS, Recipe, Rule, load_recipe
 from stretto.acceleration.quantization.writer import Spec, StreamWriter
+from stretto.acceleration.safetensors_header import MAX_HEADER, read_header
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN = 256

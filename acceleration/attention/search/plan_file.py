@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from ...errors import SchemaError, StrettoError
+from ...safetensors_header import SPELLINGS, Header, read_header
 from ...schemas import require
 from ..builders import Selection
 from ..order import ORDERS, OrderSpec
 from ..plan import View
 from ..reuse import Mode, ModeTable, with_refreshes
-from ..weights.files import Header, finite, read_header, read_tensor, save_tensors
+from ..weights.files import finite, read_tensor, save_tensors
 from .patterns import Pattern, head_selection
 
 KIND = "attention_plan"
@@ -33,7 +34,6 @@ _TENSORS = {
     "budget": torch.float32,
     "alpha": torch.float16,
 }
-_SPELLED = {torch.float16: "F16", torch.float32: "F32"}
 _OPTIONAL = ("alpha",)
 _MOST = {"layers": 1024, "heads": 1024, "steps": 10_000}
 _FIELDS = (
@@ -290,9 +290,9 @@ def _tensors(header: Header, shape: tuple[int, int, int]) -> dict[str, torch.Ten
             if name in _OPTIONAL:
                 continue
             raise StrettoError(f"{path}: has no tensor {name}; expected one of shape {list(shape)}")
-        if entry.dtype != _SPELLED[dtype] or entry.shape != shape:
+        if entry.dtype != dtype or entry.shape != shape:
             raise StrettoError(
-                f"{path}: {name} is {entry.dtype} {list(entry.shape)}; expected {_SPELLED[dtype]} {list(shape)}"
+                f"{path}: {name} is {SPELLINGS[entry.dtype]} {list(entry.shape)}; expected {SPELLINGS[dtype]} {list(shape)}"
             )
     return {name: finite(path, name, read_tensor(header, name).float()) for name in header.entries}
 

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import StrettoError
+from ...safetensors_header import Header, read_header
 from .clear import KEY as CLEAR_KEY
 from .clear import clear_tensors, read_clear
-from .files import Header, read_header, read_tensor, save_tensors, shapes
+from .files import read_tensor, save_tensors, shapes
 from .format import ANY, FORMAT, OURS, AttentionWeights, build
 from .published import PICKLED, read_published
 

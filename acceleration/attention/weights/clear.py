@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ...errors import StrettoError
-from .files import Header, Meta, finite, read_header, read_tensor, shapes
+from ...safetensors_header import Header, read_header
+from .files import Meta, finite, read_tensor, shapes
 from .format import CLEAR, AttentionWeights
 
 KEY = re.compile(

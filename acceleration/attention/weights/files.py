@@ -1,94 +1,36 @@
-"""Safetensors files, read and written by hand: a header is checked before anything of it is believed or allocated."""
+"""Tensors and metadata of safetensors files with trained attention, read and written."""
 
 import json
-import math
 import os
 import struct
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ...errors import StrettoError
+from ...safetensors_header import SPELLINGS, Header
 
-MAX_HEADER = 16 << 20
-#: Spellings of the safetensors format that hold trained numbers.
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_ITEM_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a safetensors file: spelling of its dtype, shape, and its bytes [begin, end) in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """Checked header of a safetensors file."""
-
-    path: Path
-    entries: Mapping[str, Entry]
-    metadata: Mapping[str, str]
-
-
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read and check the header of a safetensors file; no tensor is read.
-
-    Raises:
-        StrettoError: cannot be read, is no safetensors file, or is truncated; says what is wrong where.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            total = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER, total - 8):
-                raise StrettoError(
-                    f"{path}: not a safetensors file, or truncated (its header would be {length} bytes long)"
-                )
-            raw = file.read(length)
-    except OSError as error:
-        raise StrettoError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise StrettoError(f"{path}: not a safetensors file ({error})") from None
-    if not isinstance(document, dict):
-        raise StrettoError(f"{path}: not a safetensors file (its header is no object)")
-    metadata = document.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise StrettoError(f"{path}: __metadata__ is {str(metadata)[:80]}; expected texts by name")
-    entries = {key: _entry(path, key, value, 8 + length) for key, value in document.items()}
-    position = 8 + length
-    for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != position:
-            raise StrettoError(f"{path}: {key} begins at byte {entry.begin}; expected {position}")
-        position = entry.end
-    if position != total:
-        state = "truncated" if position > total else "longer than its header says"
-        raise StrettoError(f"{path}: {state}; {total} bytes, expected {position}")
-    return Header(path, MappingProxyType(entries), MappingProxyType(metadata))
+#: What trained numbers are stored as.
+TRAINED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def shapes(header: Header) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor; StrettoError where one holds no trained numbers."""
-    for key, entry in header.entries.items():
-        if entry.dtype not in DTYPES:
-            raise StrettoError(f"{header.path}: {key} has dtype {entry.dtype}; expected one of {', '.join(DTYPES)}")
+    for key in header.entries:
+        _trained(header, key)
     return {key: entry.shape for key, entry in header.entries.items()}
+
+
+def _trained(header: Header, key: str) -> torch.dtype:
+    dtype = header.entries[key].dtype
+    if dtype not in TRAINED:
+        known = ", ".join(SPELLINGS[item] for item in TRAINED)
+        raise StrettoError(f"{header.path}: {key} has dtype {SPELLINGS[dtype]}; expected one of {known}")
+    return dtype
 
 
 def read_tensor(header: Header, key: str) -> torch.Tensor:
@@ -97,10 +39,7 @@ def read_tensor(header: Header, key: str) -> torch.Tensor:
     Raises:
         StrettoError: the file changed meanwhile, or the dtype holds no trained numbers.
     """
-    entry = header.entries[key]
-    dtype = DTYPES.get(entry.dtype)
-    if dtype is None:
-        raise StrettoError(f"{header.path}: {key} has dtype {entry.dtype}; expected one of {', '.join(DTYPES)}")
+    entry, dtype = header.entries[key], _trained(header, key)
     if entry.begin == entry.end:
         return torch.empty(entry.shape, dtype=dtype)
     try:
@@ -127,12 +66,11 @@ def save_tensors(
         StrettoError: the file exists, or cannot be written.
     """
     path = Path(path)
-    spelled = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for key in sorted(tensors):
         size = tensors[key].numel() * tensors[key].element_size()
-        spelling = spelled[tensors[key].dtype]
+        spelling = SPELLINGS[tensors[key].dtype]
         header[key] = {"dtype": spelling, "shape": list(tensors[key].shape), "data_offsets": [offset, offset + size]}
         offset += size
     raw = json.dumps(header, ensure_ascii=False).encode("utf-8")
@@ -152,32 +90,6 @@ def save_tensors(
         raise StrettoError(f"{path}: exists already; pass another name") from None
     except OSError as error:
         raise StrettoError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands in it twice")
-    return found
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _entry(path: Path, key: str, value: Any, start: int) -> Entry:
-    fine = isinstance(value, dict) and {"dtype", "shape", "data_offsets"} <= set(value)
-    fine = fine and all(isinstance(value[name], list) for name in ("shape", "data_offsets"))
-    fine = fine and all(map(_is_count, (*value["shape"], *value["data_offsets"]))) and len(value["data_offsets"]) == 2
-    if not fine or not isinstance(value["dtype"], str):
-        raise StrettoError(f"{path}: {key} is {str(value)[:80]}; expected dtype, shape and data_offsets")
-    begin, end = value["data_offsets"]
-    # Dtypes we do not know are other people's tensors: their size is taken as it stands.
-    size = math.prod(value["shape"]) * _ITEM_BYTES[value["dtype"]] if value["dtype"] in _ITEM_BYTES else end - begin
-    if end - begin != size or size < 0:
-        kind = f"{value['dtype']} {value['shape']}"
-        raise StrettoError(f"{path}: {key} has {end - begin} bytes; expected {size} for {kind}")
-    return Entry(value["dtype"], tuple(value["shape"]), start + begin, start + end)
 
 
 def finite(path: Path, key: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from ...errors import StrettoError
+from ...safetensors_header import Header
 from ..linear import ALL, COMPLEMENT
-from .files import DTYPES, Header, read_tensor
+from .files import TRAINED, read_tensor
 from .format import ANY, FORMAT, MAX_LAYERS, SLA_PARTS
 
 #: Endings of files that torch.save wrote.
@@ -60,7 +61,7 @@ def read_published(
             document = next(nested, document)
             tensors = {ours: document[theirs] for ours, theirs in _projections(path, document).items()}
     for key, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES.values():
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in TRAINED:
             found = str(getattr(tensor, "dtype", tensor))[:40]
             raise StrettoError(f"{path}: {key} is {found}; expected fp32, fp16 or bf16")
     return {key: tensor.detach().float().clone() for key, tensor in tensors.items()}, _metadata(path, said, options)
