@@ -40,7 +40,7 @@ class FitRun:
             return  # a single block, and it is ragged
         blocks = run.select(view)[1]
         chosen = sampled_blocks(view.query_blocks, SAMPLED, call.evaluation.step)
-        v = run.ordered(v)
+        v = run.order.ordered(v)
         rows = sampled_rows(chosen, view.q_block, v.device)
         q, some = view.q.index_select(2, rows), take_blocks(blocks, chosen)
         every = BlockList.from_mask(

@@ -54,6 +54,19 @@ class TokenOrder:
     visual: int
     identity: bool
 
+    def ordered(self, tensor: Tensor) -> Tensor:
+        """Return [B, H, N, d] in the new order; itself where that changes nothing."""
+        return tensor if self.identity else tensor.index_select(2, self.permutation)
+
+    def as_given(self, out: Tensor) -> Tensor:
+        """Return an output [B, H, N, d] in the network's own order of tokens."""
+        if self.identity:
+            return out
+        batch, heads, tokens, size = out.shape
+        given = out.new_empty(batch, tokens, heads, size)  # most networks go on with all heads of a token side by side
+        given.index_copy_(1, self.permutation, out.transpose(1, 2))
+        return given.transpose(1, 2)
+
 
 def token_order(spec: OrderSpec, geometry: Geometry, device: torch.device | str = "cpu") -> TokenOrder:
     """Return the order of ``geometry``'s tokens; made on the CPU and moved to ``device``."""

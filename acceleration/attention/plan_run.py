@@ -91,7 +91,7 @@ class PlanRun:
         if heads >= total:
             made = self.attend(self.view(geometry, asked, layer, kv_length), asked.v, fitted)
             watch(made)
-            return self.as_given(made.out)
+            return self.order.as_given(made.out)
         # Most networks go on with all heads of a token side by side.
         given = asked.q.new_empty(batch, tokens, total, size)
         group = total // asked.k.shape[1]
@@ -106,7 +106,7 @@ class PlanRun:
 
     def view(self, geometry: Geometry, asked: Attention, layer: int, kv_length: torch.Tensor | None) -> View:
         """Return an attention as the plan's builders look at it; tensors are gathered only where the order asks for it."""
-        q, k = self.ordered(asked.q), self.ordered(asked.k)
+        q, k = self.order.ordered(asked.q), self.order.ordered(asked.k)
         return View(
             geometry, self.order, self.plan.q_block, self.plan.kv_block, q, k, kv_length, asked.scale, layer, self.layers,
             q.shape[1],
@@ -132,7 +132,7 @@ class PlanRun:
             v: values as the network gives them.
             fitted: a branch without weights and the share [H] of the sparse output beside it; None for no such.
         """
-        v = self.ordered(v)
+        v = self.order.ordered(v)
         selection, blocks = self.select(view)
         extra: dict[str, Any] = {"scale": view.scale, "kv_length": view.kv_length, "predicate": selection.predicate}
         if self.plan.correction.tail:
@@ -153,15 +153,6 @@ class PlanRun:
             out = blend(out, other, share, complete)
         return Attended(view, v, selection, blocks, out, self.backend)
 
-    def as_given(self, out: torch.Tensor) -> torch.Tensor:
-        """Return an output in the network's own order of tokens."""
-        if self.order.identity:
-            return out
-        batch, heads, tokens, size = out.shape
-        given = out.new_empty(batch, tokens, heads, size)  # most networks go on with all heads of a token side by side
-        given.index_copy_(1, self.order.permutation, out.transpose(1, 2))
-        return given.transpose(1, 2)
-
     def _heads_at_once(self, asked: Attention) -> int:
         """Return how many heads to compute together."""
         batch, total, tokens, size = asked.q.shape
@@ -172,10 +163,6 @@ class PlanRun:
         group = total // asked.k.shape[1]
         most = COPIES_CPU if asked.q.device.type == "cpu" else COPIES
         return max(1, most // copies // group) * group
-
-    def ordered(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return [B, H, N, d] in the plan's order of tokens."""
-        return tensor if self.order.identity else tensor.index_select(2, self.order.permutation)
 
     def _with_pooled(
         self, view: View, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, pooled: PooledKeys

@@ -8,31 +8,25 @@ from typing import Any
 import torch
 
 from ..evaluation import Attention, Call, Evaluation
-from ..models import BlockSite, ModelDescriptor, ModulePart
-from ..models.modules import ATTN
 from .audit import Audit, Seen
 from .fit_run import FitRun
 from .geometry import Geometry
-from .key_mask import valid_keys
-from .locate import locate
+from .inside import AttentionWatcher
 from .methods import METHODS
 from .order import token_order
 from .plan_run import Attended, PlanRun, pooled_by_layer, with_weights
 from .settings import AttentionSettings
 from .weights import AttentionWeights
 
-_MASKS = "attention key masks"
 DENSE_STEPS = "steps that stay dense"
 
 
 @dataclass
-class AttentionSession:
+class AttentionSession(AttentionWatcher):
     """Implements :class:`~..run.Session`, and stands inside blocks and attention.
 
     Attributes:
         settings: what the user asked for.
-        descriptor: the network's family.
-        network: the network; only its sizes are read.
         steps: of the run.
         first: first step whose attention may be sparse.
         interval: part of the run it may act in, as fractions of the steps.
@@ -42,8 +36,6 @@ class AttentionSession:
     """
 
     settings: AttentionSettings
-    descriptor: ModelDescriptor
-    network: Any
     steps: int
     first: int
     interval: tuple[float, float] = (0.0, 1.0)
@@ -72,22 +64,6 @@ class AttentionSession:
         denoised = compute()
         self.audit.end(call.evaluation)
         return denoised
-
-    def depths(self, call: Call) -> frozenset[int]:
-        """No block hooks are needed."""
-        return frozenset()
-
-    def block(self, call: Call, site: BlockSite, args: dict, original: Callable[[dict], dict]) -> dict:
-        """Run the block."""
-        return original(args)
-
-    def module(self, call: Call, part: ModulePart, original: Callable[[], Any]) -> Any:
-        """Run one part of a module, and keep track of whose self-attention comes next."""
-        call.attending = part.site if ATTN in part.site.names else None
-        result = original()
-        if not part.site.inner:
-            call.attending = None  # the attention was inside this part
-        return result
 
     def attention(self, call: Call, asked: Attention) -> torch.Tensor | None:
         """Return the sparse attention [B, H, N, d], None where it is to be computed as ever."""
@@ -141,28 +117,7 @@ class AttentionSession:
         """Return where the tokens stand and how many keys are valid, or why attention stays as it is."""
         if not (self._sparse_step or self._fitting):
             return DENSE_STEPS
-        if layer in self.settings.dense_layers:
-            return "layers that stay dense"
-        if asked.q.shape[2] != asked.k.shape[2]:
-            return "attention to other tokens than its own"
-        if asked.exact:
-            return "the network asks for full precision"
-        geometry = locate(self.descriptor, self.network, call, asked)
-        if isinstance(geometry, str):
-            return geometry
-        if asked.mask is None:
-            return geometry, None
-        kv_length = self._key_mask(call, asked, geometry)
-        return (geometry, kv_length) if kv_length is not None else "a mask that does not just shorten the keys"
-
-    def _key_mask(self, call: Call, asked: Attention, geometry: Geometry) -> torch.Tensor | None:
-        """Return how many keys, in the plan's order, are valid; None for masks of another kind. Read once a call."""
-        known = call.scratch.setdefault(_MASKS, {})
-        key = id(asked.mask), asked.q.shape[0], geometry
-        if key not in known:
-            # The mask is kept beside the answer: its id stays taken.
-            known[key] = asked.mask, valid_keys(asked.mask, asked.q.shape[0], geometry)
-        return known[key][1]
+        return "layers that stay dense" if layer in self.settings.dense_layers else self.place(call, asked)
 
     def _run(self, geometry: Geometry, asked: Attention) -> PlanRun:
         """Return the plan for a geometry, made at its first attention.

@@ -48,8 +48,6 @@ class AttentionSettings:
         sink_frames: first frames that all queries attend to; -1 as the method does.
         weights: file of trained parts of the method (:mod:`.weights`), "" for none.
         probe: whether a few steps are compared with full attention, for the report.
-        probe: whether sampled blocks are compared with full attention, for the report.
-        weights: trained parts: what :func:`~.weights.load_weights` reads; empty for none.
 
     Raises:
         StrettoError: a value is out of range; the message names field, value and range.
@@ -96,10 +94,6 @@ class AttentionSettings:
             _refuse("probe", self.probe, "it must be true or false")
         if not isinstance(self.weights, str):
             _refuse("weights", self.weights, "it must be the path of a file, or empty")
-        if not isinstance(self.weights, str):
-            _refuse("weights", self.weights, "it must be text: the path of a file")
-        if not isinstance(self.probe, bool):
-            _refuse("probe", self.probe, "it must be true or false")
         self._check_lists()
 
     def _check_lists(self) -> None:

@@ -43,7 +43,7 @@ class AttentionTechnique:
             return Outcome(self.name, OFF, reason)
         steps, first = facts.schedule.steps, first_sparse_step(settings.dense_until, facts.schedule.steps)
         settings, weights = _trained(settings, facts)
-        session = AttentionSession(settings, facts.descriptor, facts.network, steps, first, request.interval, weights)
+        session = AttentionSession(facts.descriptor, facts.network, settings, steps, first, request.interval, weights)
         words = [_headline(settings, facts, first, steps), *([weights.words()] if weights else [])]
         return Outcome(self.name, ACTIVE, "; ".join(words), session=session)
 

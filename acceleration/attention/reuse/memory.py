@@ -85,6 +85,7 @@ class AttentionMemory:
         static: whether the lists never change, so that no copy of them is kept.
         complement: whether a full step that later ones build on is computed as lists and their complement; else as a
             dense pass beside the lists (:func:`~.refresh.complement_is_cheaper`).
+        watch: told the layer and the share [H] of the key blocks of each branch's attention.
         bytes: that are kept on the device.
         system_bytes: that are kept in system memory.
     """
@@ -96,6 +97,7 @@ class AttentionMemory:
     branches: int = 2
     static: bool = False
     complement: bool = True
+    watch: Callable[[int, Tensor], None] | None = None
     bytes: int = 0
     peak_bytes: int = 0
     system_bytes: int = 0
@@ -353,6 +355,9 @@ class AttentionMemory:
         else:
             out = part.launch(modes, listed)
         out = part.corrected(entry, modes, listed, out, self._sigma, self.rho_step)
+        out = part.blended(modes, self.table.alpha[decision.step, decision.layer], listed, out)
+        if self.watch is not None:
+            self.watch(decision.layer, part.kept)
         for group in entry.outputs:
             heads = tuple(head for head in group.heads if modes[head] == int(Mode.SHARE))
             if heads:

@@ -16,7 +16,9 @@ class Mode(IntEnum):
     earlier step (AST of DiTFastAttn, arXiv 2406.08552; head share of its V2, arXiv 2503.22796). RESIDUAL adds
     O_f - O_s of the last full step to O_s (WA-RS, arXiv 2406.08552). RHO is rho O_s + R with rho and R = O_f - rho O_s
     of the last full step (Re-ttention, arXiv 2505.22918). MEAN is rho O_s + (1 - rho) times the mean value of the blocks
-    left out: no residual is kept. ZERO returns nothing (Sparse-vDiT's skipped head, arXiv 2506.03065).
+    left out: no residual is kept. ZERO returns nothing (Sparse-vDiT's skipped head, arXiv 2506.03065). BLEND is
+    alpha O_s + (1 - alpha) times that mean, alpha fitted beforehand (SLA2's blend, arXiv 2602.12675, with a share per head):
+    nothing is kept from step to step.
     """
 
     FULL = 0
@@ -26,10 +28,11 @@ class Mode(IntEnum):
     RHO = 4
     MEAN = 5
     ZERO = 6
+    BLEND = 7
 
 
 #: Modes that attend to listed blocks.
-LISTED = (Mode.LIST, Mode.RESIDUAL, Mode.RHO, Mode.MEAN)
+LISTED = (Mode.LIST, Mode.RESIDUAL, Mode.RHO, Mode.MEAN, Mode.BLEND)
 #: Modes that need something of the last full step.
 CORRECTED = (Mode.RESIDUAL, Mode.RHO, Mode.MEAN)
 #: Modes by their name in files and reports.

@@ -44,7 +44,7 @@ class Asked:
         return self.found
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Part:
     """One branch's share of a batched attention.
 
@@ -56,6 +56,7 @@ class Part:
         options: scale and kv_length of the kernel.
         select: returns the lists of the whole batch.
         rows: of the batch that these are.
+        kept: share [H] of the key blocks that its heads attended to, once it has been launched.
     """
 
     q: Tensor
@@ -65,6 +66,7 @@ class Part:
     options: dict[str, Any]
     select: Callable[[], Selection]
     rows: slice
+    kept: Tensor | None = None
 
     @property
     def query_blocks(self) -> int:
@@ -103,9 +105,11 @@ class Part:
     def launch(self, modes: np.ndarray, listed: Selection | None) -> Tensor:
         """Return attention with every head at its lists, all blocks or none."""
         if not is_any(modes, (Mode.FULL, *LISTED)).any():
+            self.kept = self.q.new_zeros(len(modes), dtype=torch.float32)
             return torch.zeros_like(self.q, memory_format=torch.contiguous_format)
         chosen = merge_heads(modes, listed, (self.query_blocks, self.key_blocks), self.q.device)
         lists = BlockList.from_mask(chosen.mask, *self.blocks, chosen.full)
+        self.kept = (lists.count.float().mean((0, 2)) / self.key_blocks).expand(len(modes))
         return block_sparse_attention(self.q, self.k, self.v, lists, predicate=chosen.predicate, **self.options)[0]
 
     def refresh(
@@ -123,6 +127,7 @@ class Part:
         how = by_complement if complement else beside_full
         if leaving.all():
             parts = how(self.q, self.k, self.v, listed, self.blocks, **self.options)
+            self.kept = self.q.new_ones(count, dtype=torch.float32)
             return parts.out.to(self.q.dtype), Left(heads, parts, listed)
         picked, group = list(heads), count // self.k.shape[1]
         keys, values = (x[:, [head // group for head in picked]] for x in (self.k, self.v))
@@ -132,6 +137,7 @@ class Part:
         others[picked] = int(Mode.ZERO)
         out = self.launch(others, listed)
         out[:, picked] = parts.out.to(out.dtype)
+        self.kept = self.kept.index_fill(0, torch.tensor(picked, device=self.kept.device), 1.0)
         return out, Left(heads, parts, some)
 
     def corrected(
@@ -147,7 +153,6 @@ class Part:
             sigma: noise level; a new one makes what is held a step older.
             rho_step: lambda.
         """
-        means: Tensor | None = None
         for group in entry.held:
             heads = [head for head in group.heads if modes[head] in (int(mode) for mode in CORRECTED)]
             if not heads:
@@ -159,14 +164,41 @@ class Part:
                 rho = advanced_rho(group.rho[:, place], rho_step, age)[..., None]
                 sparse = rho * sparse
             if group.mode == Mode.MEAN:
-                if means is None:
-                    means = left_out_mean(self.v, listed.mask, self.blocks[1], len(modes), self.options["kv_length"])
-                mean = means[:, heads].repeat_interleave(self.blocks[0], 2)[:, :, : out.shape[2]]
-                sparse = sparse + (1 - rho) * mean
+                sparse = sparse + (1 - rho) * self._left_out(listed, heads, len(modes))
             else:
                 sparse = sparse + group.values.only(tuple(heads)).read().float()
             out[:, heads] = sparse.to(out.dtype)
         return out
+
+    def blended(self, modes: np.ndarray, alpha: np.ndarray, listed: Selection | None, out: Tensor) -> Tensor:
+        """Return ``out`` with the heads that blend mixed with the mean of what their lists leave out; in place.
+
+        Rows whose lists leave out nothing are full attention and stay.
+
+        Args:
+            modes: uint8 [H].
+            alpha: [H], share of the lists.
+            listed: lists that the heads attended to.
+            out: [rows, H, N, d], attention over lists.
+        """
+        heads = [int(head) for head in np.flatnonzero((modes == int(Mode.BLEND)) & (alpha < 1))]
+        if not heads:
+            return out
+        share = torch.tensor(alpha[heads], dtype=torch.float32, device=out.device)[:, None, None]
+        mean, sparse = self._left_out(listed, heads, len(modes)), out[:, heads]
+        mask = listed.mask[:, heads] if listed.mask.shape[1] > 1 else listed.mask
+        complete = self._by_token(mask.all(-1)[..., None])
+        out[:, heads] = torch.where(complete, sparse, torch.lerp(mean, sparse.float(), share).to(out.dtype))
+        return out
+
+    def _left_out(self, listed: Selection, heads: list[int], count: int) -> Tensor:
+        """Return fp32 [rows, len(heads), N, d]: the mean value of what each query's lists leave out."""
+        means = left_out_mean(self.v, listed.mask, self.blocks[1], count, self.options["kv_length"])
+        return self._by_token(means[:, heads])
+
+    def _by_token(self, rows: Tensor) -> Tensor:
+        """[B, h, Nq, d] -> [B, h, N, d]."""
+        return rows.repeat_interleave(self.blocks[0], 2)[:, :, : self.q.shape[2]]
 
 
 def _of_heads(selection: Selection, heads: list[int], count: int) -> Selection:

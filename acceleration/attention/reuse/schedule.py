@@ -17,6 +17,7 @@ class ModeTable:
         modes: uint8 [steps, layers, heads] of :class:`~.modes.Mode`.
         cfg: bool, of the same shape: the second guidance branch of an evaluation takes what the first one computed (ASC of
             DiTFastAttn, arXiv 2406.08552).
+        alpha: fp32, of the same shape: share of the lists in heads that blend; None: 1.
 
     Raises:
         ValueError: shapes or modes that cannot be.
@@ -24,18 +25,23 @@ class ModeTable:
 
     modes: np.ndarray
     cfg: np.ndarray | None = None
+    alpha: np.ndarray | None = None
     _later: np.ndarray = field(init=False, repr=False)
     _lent: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         modes = np.ascontiguousarray(self.modes, dtype=np.uint8)
         cfg = np.zeros(modes.shape, bool) if self.cfg is None else np.ascontiguousarray(self.cfg, dtype=bool)
+        alpha = np.ones(modes.shape, np.float32) if self.alpha is None else np.asarray(self.alpha, np.float32)
+        if modes.shape != alpha.shape:
+            raise ValueError(f"alpha must have the shape of the modes, {modes.shape}, got {alpha.shape}")
         if modes.ndim != 3 or not modes.size or cfg.shape != modes.shape or modes.max() > max(Mode):
             raise ValueError(
                 f"modes and cfg must be [steps, layers, heads] of 0 to {max(Mode):d}, got {modes.shape} and {cfg.shape}"
             )
         object.__setattr__(self, "modes", modes)
         object.__setattr__(self, "cfg", cfg)
+        object.__setattr__(self, "alpha", alpha)
         object.__setattr__(self, "_later", _correction_from(modes))
         object.__setattr__(self, "_lent", cfg & ~_leaves_own(modes, cfg))
 
