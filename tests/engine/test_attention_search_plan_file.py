@@ -133,7 +133,7 @@ def test_a_damaged_document_is_refused(tmp_path, change, words):
 @pytest.mark.parametrize(
     "tensors, words",
     [
-        ({"mode": torch.full(SHAPE, 9.0).half()}, "mode has values that are no whole numbers from 0 to 6"),
+        ({"mode": torch.full(SHAPE, 9.0).half()}, "mode has values that are no whole numbers from 0 to 7"),
         ({"mode": torch.full(SHAPE, 0.5).half()}, "mode has values"),
         ({"pattern": torch.full(SHAPE, 2.0).half()}, "pattern has values that are no whole numbers from 0 to 1"),
         ({"budget": torch.full(SHAPE, 1.5)}, "budget has values outside of 0 to 1"),

@@ -17,7 +17,7 @@ from .curves import Allocation, Steps, steps_along, within_cost, within_error
 from .heads import SKIPPED_AT_MOST
 from .latency import LatencyTable, ideal
 from .plan_file import ModelTag, PlanFile
-from .probe import Curves, Option
+from .probe import TRIED, Curves, Option
 
 #: Modes that need a full step now and then.
 _REUSING = (Mode.SHARE, Mode.RESIDUAL, Mode.RHO, Mode.MEAN)
@@ -135,7 +135,7 @@ def refined(curves: Curves, parts: int = 3) -> Curves:
     ladder = curves.ladder
     places = {(option.mode, option.pattern, option.budget): index for index, option in enumerate(curves.options)}
     options, errors, densities = list(curves.options), [curves.error], [curves.density]
-    for mode in (Mode.LIST, Mode.MEAN, Mode.RESIDUAL, Mode.RHO):
+    for mode in TRIED:
         for low, high in pairwise(ladder):
             one = places.get((mode, 0, low))
             two = places.get((mode, 0, high), 0)  # everything kept is full attention, which comes first
@@ -179,6 +179,7 @@ def as_plan(
         for name, dtype in (("mode", np.uint8), ("pattern", np.uint8), ("budget", np.float32))
     )
     rung = np.abs(np.array(curves.ladder) - budget[..., None]).argmin(-1)
+    rung = np.where(pattern > 0, len(curves.ladder) + pattern.astype(int) - 1, rung)
     alpha = np.take_along_axis(curves.alpha, rung[..., None], -1)[..., 0]
     predicted = {"predicted_cost": round(chosen.cost, 6), "predicted_error": round(max(chosen.error, 0.0) ** 0.5, 6)}
     return PlanFile(
@@ -193,7 +194,7 @@ def as_plan(
         steps=steps,
         grid=grid,
         tokens=tokens,
-        alpha=np.where((budget > 0) & np.isfinite(alpha), alpha, 1.0).astype(np.float32),
+        alpha=np.where((mode == int(Mode.BLEND)) & np.isfinite(alpha), alpha, 1.0).astype(np.float32),
         curve=problem.curve(),
         achieved={**predicted, **fields.pop("achieved", {})},
         **fields,

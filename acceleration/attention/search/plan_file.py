@@ -75,7 +75,7 @@ class PlanFile:
         tokens: of the sequence, likewise.
         block: (queries, keys) in a block.
         order: of the tokens.
-        alpha: fp32 [S, L, H] or None: share of the lists beside the mean of what is left out.
+        alpha: fp32 [S, L, H] or None: share of the lists, in heads that blend, beside the mean of what is left out.
         rho_step: lambda of Re-ttention.
         curve: (cost, error) pairs as predicted.
         achieved: numbers and words about this plan.
@@ -158,7 +158,8 @@ class PlanFile:
         at = [self.bucket(sigma) for sigma in sigmas]
         ratio = len(sigmas) / self.steps
         periods = [max(2, round(self.refresh[bucket] * ratio)) if self.refresh[bucket] else 0 for bucket in at]
-        table = ModeTable(with_refreshes(self.mode[at].astype(np.uint8), periods), self.cfg[at])
+        alpha = None if self.alpha is None else self.alpha[at]
+        table = ModeTable(with_refreshes(self.mode[at].astype(np.uint8), periods), self.cfg[at], alpha)
         table.check()
         return table
 

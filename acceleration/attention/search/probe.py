@@ -23,6 +23,8 @@ from .patterns import Pattern
 
 #: Budgets that are read off, as shares of the visual key blocks.
 LADDER = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.45, 0.65, 1.0)
+#: Modes that attend to lists, every one of which is tried with every budget and every pattern.
+TRIED = (Mode.LIST, Mode.BLEND, Mode.MEAN, Mode.RESIDUAL, Mode.RHO)
 #: Bytes of exponentials that are held at once.
 CHUNK_BYTES = 256 << 20
 
@@ -51,8 +53,9 @@ class Curves:
         error: fp64 [S, L, H, O], |O_option - O_full|^2 / |O_full|^2; nan where an option was not tried. Errors of modes that
             reuse something are means over the steps between two full ones.
         density: fp64 [S, L, H, O], share of all key blocks that a step of this mode attends to; its full steps not counted.
-        rho: fp64 [S, L, H, len(ladder)], mean share of the softmax that the router's lists hold.
-        alpha: fp64 [S, L, H, len(ladder)], best share of the lists beside the mean of what is left out, in [0, 1].
+        rho: fp64 [S, L, H, lists], mean share of the softmax that lists hold: the router's at every budget of the ladder,
+            then those of the other patterns; nan where one does not fit.
+        alpha: fp64, likewise: best share of the lists beside the mean of what is left out, in [0, 1].
         norm: fp64 [S, L, H], mean square output of a head over that of its layer's heads.
         edges: ascending noise levels between buckets; bucket 0 has the least noise.
         ladder: budgets.
@@ -88,8 +91,9 @@ class _Base:
     sigma: float
     uses: int
     place: Tensor
+    laid: Tensor
     out: Tensor
-    prefix: Tensor
+    sparse: Tensor
     rho: Tensor
     form: Hashable
 
@@ -106,8 +110,8 @@ class Probe:
         patterns: the router first, then what is tried beside it.
         samples: query blocks of each attention.
         ladder: budgets; the last must be 1.
-        reuse: whether modes that build on earlier steps are tried: keeps len(ladder) + 1 outputs of the sampled rows per
-            layer and branch, fp32.
+        reuse: whether modes that build on earlier steps are tried: keeps the outputs of the sampled rows for every budget and
+            pattern, per layer and branch, fp32.
         period: calls of a layer and branch from one full step of those modes to the next.
     """
 
@@ -144,10 +148,9 @@ class Probe:
         sums = self._sums.setdefault((bucket, view.layer), _Sums())
         whole = max(1, view.geometry.visual // view.q_block)
         chosen = tuple(sampled_blocks(whole + 1, self.samples, view.layer))
-        place = self._places(view, chosen)
-        masks = [self._mask(view, index, chosen) for index in range(1, len(self.patterns))]
+        place, laid = self._places(view, chosen), self._laid(view, chosen)
         key = view.layer, branch
-        form = (*view.q.shape, view.q.dtype, view.q.device, chosen)
+        form = (*view.q.shape, view.q.dtype, view.q.device, chosen, laid.shape)
         base = self._bases.get(key)
         if base is not None and (base.form != form or sigma > base.sigma * (1 + 1e-4)):
             base = None
@@ -155,17 +158,17 @@ class Probe:
         made = []
         group = view.q.shape[1] // view.k.shape[1]
         for heads in self._chunks(view, len(chosen), group):
-            made.append(self._look(view, v, heads, group, chosen, place, masks, None if repeated else base))
+            made.append(self._look(view, v, heads, group, chosen, place, laid, None if repeated else base))
         for name in made[0][0]:
             sums.add(name, torch.cat([part[0][name] for part in made], -1))
         sums.calls += 1
         if not self.reuse or repeated:
             return
         if base is None or base.uses + 1 >= self.period - 1:
-            out, prefix, rho = (
+            out, sparse, rho = (
                 torch.cat([part[1][index] for part in made], axis) for index, axis in ((0, 1), (1, 2), (2, 2))
             )
-            self._bases[key] = _Base(sigma, 0, place, out, prefix, rho, form)
+            self._bases[key] = _Base(sigma, 0, place, laid, out, sparse, rho, form)
         else:
             self._bases[key] = replace(base, sigma=sigma, uses=base.uses + 1)
 
@@ -175,17 +178,12 @@ class Probe:
         Raises:
             ValueError: nothing was seen of a layer.
         """
-        rungs = len(self.ladder)
         options = [Option(Mode.FULL), Option(Mode.ZERO), Option(Mode.SHARE)]
-        options += [
-            Option(mode, 0, budget)
-            for mode in (Mode.LIST, Mode.MEAN, Mode.RESIDUAL, Mode.RHO)
-            for budget in self.ladder[:-1]
-        ]
-        options += [Option(Mode.LIST, index) for index in range(1, len(self.patterns))]
+        options += [Option(mode, 0, budget) for mode in TRIED for budget in self.ladder[:-1]]
+        options += [Option(mode, index) for mode in TRIED for index in range(1, len(self.patterns))]
         shape = len(self.edges) + 1, layers, heads
         error, density = (np.full((*shape, len(options)), np.nan) for _ in range(2))
-        rho, alpha = (np.full((*shape, rungs), np.nan) for _ in range(2))
+        rho, alpha = (np.full((*shape, len(self.ladder) + len(self.patterns) - 1), np.nan) for _ in range(2))
         norm = np.ones(shape)
         for bucket in range(shape[0]):
             for layer in range(layers):
@@ -213,8 +211,6 @@ class Probe:
         norm = np.maximum(found["norm"], 1e-30)
         if option.mode in (Mode.FULL, Mode.ZERO):
             return float(option.mode == Mode.ZERO), float(option.mode == Mode.FULL)
-        if option.mode == Mode.LIST and option.pattern:
-            return found["pattern", option.pattern] / norm, found["density", option.pattern] / calls
         reused = option.mode in (Mode.SHARE, Mode.RESIDUAL, Mode.RHO)
         if reused and "norm later" not in found:
             return np.nan, np.nan
@@ -222,8 +218,12 @@ class Probe:
             norm = np.maximum(found["norm later"], 1e-30)
         if option.mode == Mode.SHARE:
             return found[Mode.SHARE] / norm, 0.0
-        rung = self.ladder.index(option.budget)
-        return found[option.mode][rung] / norm, found["density", 0][rung] / calls
+        place = len(self.ladder) + option.pattern - 1 if option.pattern else self.ladder.index(option.budget)
+        if option.mode == Mode.BLEND:
+            rest = 1 - _best_alpha(found)[place]  # O = O_s - (1 - alpha) (O_s - mean)
+            lost = found[Mode.LIST][place] - 2 * rest * found["across"][place] + rest**2 * found["between"][place]
+            return np.maximum(lost, 0) / norm, found["density"][place] / calls
+        return found[option.mode][place] / norm, found["density"][place] / calls
 
     def _places(self, view: View, chosen: Sequence[int]) -> Tensor:
         """Return int64 [B, H, S, nk]: the place of every visual key block in the router's order."""
@@ -232,17 +232,28 @@ class Probe:
         places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
         return torch.zeros_like(order).scatter_(-1, order, places)
 
-    def _mask(self, view: View, index: int, chosen: Sequence[int]) -> Tensor | None:
-        """Return bool [B', H', S, Nk] of a pattern, None where it does not fit; a fixed one is laid out once per geometry."""
-        if self.patterns[index].dynamic:
-            return force(self.patterns[index].builder()(view), view).mask[:, :, list(chosen)]
+    def _laid(self, view: View, chosen: Sequence[int]) -> Tensor:
+        """Return bool [B', H', S, P, Nk]: the lists of the patterns that fit, fixed ones laid out once per geometry."""
+        fitting = [mask for index in self._fitting(view) if (mask := self._mask(view, index)) is not None]
+        if not fitting:
+            return torch.zeros((1, 1, len(chosen), 0, view.key_blocks), dtype=torch.bool, device=view.device)
+        rows = [mask[:, :, list(chosen)] for mask in fitting]
+        sizes = [max(row.shape[axis] for row in rows) for axis in (0, 1)]
+        return torch.stack([row.expand(*sizes, -1, -1) for row in rows], 3)
+
+    def _fitting(self, view: View) -> list[int]:
+        """Return the patterns beside the router that fit a view."""
+        return [index for index, pattern in enumerate(self.patterns) if index and pattern.fits(view)]
+
+    def _mask(self, view: View, index: int) -> Tensor:
+        """Return bool [B', H', Nq, Nk], the lists of a pattern."""
+        pattern = self.patterns[index]
+        if pattern.dynamic:
+            return force(pattern.builder()(view), view).mask
         key = view.geometry, view.order.name, view.q_block, view.kv_block, view.device, index
         if key not in self._masks:
-            pattern = self.patterns[index]
-            made = force(pattern.builder()(view), replace(view, kv_length=None)).mask if pattern.fits(view) else None
-            self._masks[key] = made
-        mask = self._masks[key]
-        return None if mask is None else mask[:, :, list(chosen)]
+            self._masks[key] = force(pattern.builder()(view), replace(view, kv_length=None)).mask
+        return self._masks[key]
 
     def _chunks(self, view: View, samples: int, group: int) -> list[slice]:
         batch, heads, tokens, size = view.q.shape
@@ -251,49 +262,50 @@ class Probe:
         return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
 
     def _look(
-        self, view: View, v: Tensor, heads: slice, group: int, chosen: Sequence[int], place: Tensor,
-        masks: Sequence[Tensor | None], base: _Base | None,
+        self, view: View, v: Tensor, heads: slice, group: int, chosen: Sequence[int], place: Tensor, laid: Tensor,
+        base: _Base | None,
     ) -> tuple[dict[Any, Tensor], tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-        """Return sums by name, [H] or [ladder, H] each; and output, prefixes and rho of the sampled rows."""
+        """Return sums by name, [H] or [lists, H] each; and output, sparse outputs and rho of the sampled rows."""
         rows = _Rows.make(view, v, heads, group, chosen)
         counts = [min(max(round(share * view.visual_key_blocks), 1), view.visual_key_blocks) for share in self.ladder]
-        ladder = rows.prefixes(place[:, heads], counts)
-        lists, rungs = [ladder], len(counts)
-        if base is not None:
-            lists.append(rows.prefixes(base.place[:, heads], counts))
-        laid = [index for index, mask in enumerate(masks, 1) if mask is not None]
-        if laid:
-            shape = *ladder.shape[:3], -1
-            laid_out = [_heads_of(masks[index - 1], heads).expand(shape) for index in laid]
-            lists.append(torch.stack(laid_out, 3))
-        outs, masses = rows.attend(torch.cat(lists, 3))
-        prefix, mass, other = outs[:rungs], masses[:rungs], rows.mean_left_out(ladder)
-        out = prefix[-1]
-        rho = mass / mass[-1].clamp_min(1e-30)
+        number, full = len(counts) + laid.shape[3], len(counts) - 1
+        lists = rows.lists(place[:, heads], counts, _heads_of(laid, heads))
+        tried = [lists] if base is None else [lists, rows.lists(base.place[:, heads], counts, _heads_of(base.laid, heads))]
+        outs, masses = rows.attend(torch.cat(tried, 3))
+        sparse, mass, other = outs[:number], masses[:number], rows.mean_left_out(lists)
+        out = sparse[full]
+        rho = mass / mass[full].clamp_min(1e-30)
         norm = _squares(out)
-        with_mean = rho[..., None] * prefix + (1 - rho[..., None]) * other
+        with_mean = rho[..., None] * sparse + (1 - rho[..., None]) * other
         sums: dict[Any, Tensor] = {
             "norm": norm,
             "rho": rho.mean((1, 3, 4)),
-            Mode.LIST: _squares(prefix - out),
+            Mode.LIST: _squares(sparse - out),
             Mode.MEAN: _squares(with_mean - out),
-            "across": _dots(out - other, prefix - other),
-            "between": _squares(prefix - other),
-            ("density", 0): ladder.float().mean((0, 2, 4)).T,
+            "across": _dots(sparse - out, sparse - other),
+            "between": _squares(sparse - other),
+            "density": lists.float().mean((0, 2, 4)).T,
         }
-        for index in range(1, len(self.patterns)):
-            sums["pattern", index] = sums["density", index] = torch.full_like(norm, torch.nan)
-        for index, found in zip(laid, outs[len(outs) - len(laid) :]):
-            sums["pattern", index] = _squares(found - out)
-            sums["density", index] = _heads_of(masks[index - 1], heads).float().mean((0, 2, 3)).expand_as(norm)
         if base is not None:
-            then, earlier, share = base.out[:, heads], base.prefix[:, :, heads], base.rho[:, :, heads, ..., None]
-            again = outs[rungs : 2 * rungs]
+            then, earlier, share = base.out[:, heads], base.sparse[:, :, heads], base.rho[:, :, heads, ..., None]
+            again = outs[number:]
             sums["norm later"] = norm
             sums[Mode.SHARE] = _squares(then - out)
             sums[Mode.RESIDUAL] = _squares(again + then - earlier - out)
             sums[Mode.RHO] = _squares(share * (again - earlier) + then - out)
-        return sums, (out, prefix, rho)
+        absent = [index for index in range(1, len(self.patterns)) if index not in self._fitting(view)]
+        if absent:
+            sums = {name: self._with_gaps(value, absent) for name, value in sums.items()}
+        return sums, (out, sparse, rho)
+
+    def _with_gaps(self, value: Tensor, absent: Sequence[int]) -> Tensor:
+        """[lists, H] -> likewise with a row of nan for every pattern that does not fit; [H] as it is."""
+        if value.ndim == 1:
+            return value
+        rows = list(value)
+        for index in absent:
+            rows.insert(len(self.ladder) + index - 1, torch.full_like(rows[0], torch.nan))
+        return torch.stack(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,15 +352,17 @@ class _Rows:
         forced = (first + block).clamp(max=tokens) > view.geometry.visual
         return cls(weights @ values[:, :, None], weights.sum(-1), values.sum(3), sizes, forced)
 
-    def prefixes(self, place: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return bool [B, h, S, K, Nk]: the blocks of every budget, in the order of ``place``, and the forced ones.
+    def lists(self, place: Tensor, counts: Sequence[int], laid: Tensor) -> Tensor:
+        """Return bool [B, h, S, K, Nk]: the blocks of every budget, in the order of ``place``, then those of the patterns.
 
         Args:
             place: int64 [B, h, S, nk], of the visual key blocks.
             counts: visual blocks of each budget.
+            laid: bool [B', h', S, P, Nk], of the patterns.
         """
         kept = place[:, :, :, None] < torch.tensor(list(counts), device=place.device)[:, None]
-        return torch.nn.functional.pad(kept, (0, len(self.forced) - place.shape[-1])) | self.forced
+        kept = torch.nn.functional.pad(kept, (0, len(self.forced) - place.shape[-1])) | self.forced
+        return torch.cat([kept, laid.expand(*kept.shape[:3], -1, -1)], 3)
 
     def attend(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Return outputs [K, B, h, S, q, d] and mass [K, B, h, S, q] over lists bool [B, h, S, K, Nk]."""
@@ -379,7 +393,7 @@ def _dots(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _best_alpha(found: Mapping[Any, np.ndarray]) -> np.ndarray:
-    """Return the least-squares share of the lists beside the mean of what is left out, [ladder, H]."""
+    """Return the least-squares share of the lists beside the mean of what is left out, [lists, H]."""
     between = found["between"]
     known = between > 1e-12 * np.maximum(found["norm"], 1e-30)
-    return np.where(known, np.clip(found["across"] / np.maximum(between, 1e-30), 0, 1), 1.0)
+    return np.where(known, np.clip(1 - found["across"] / np.maximum(between, 1e-30), 0, 1), 1.0)
