@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from .attention.planned.technique import PlannedTechnique
+from .attention.probing.technique import ProbeTechnique
 from .attention.technique import AttentionTechnique
 from .caching.module_recorder import ModuleProfileTechnique
 from .caching.profiling import ProfileTechnique
@@ -39,6 +41,8 @@ TECHNIQUES: dict[str, Technique] = {
         ProfileTechnique(),
         ModuleProfileTechnique(),
         AttentionTechnique(),
+        PlannedTechnique(),
+        ProbeTechnique(),
     )
 }
 

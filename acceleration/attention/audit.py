@@ -8,6 +8,7 @@ import torch
 
 from ...kernels.block_sparse_attention import BlockList
 from ..evaluation import Call, Evaluation
+from .plan import View
 from .plan_run import Attended
 
 #: Query blocks of a head that are compared with full attention, one in so many and at least one.
@@ -57,7 +58,7 @@ class _Sample:
     step: int
     layer: int
     error: torch.Tensor
-    mass: torch.Tensor
+    mass: torch.Tensor | None
 
 
 @dataclass
@@ -93,6 +94,27 @@ class Audit:
         picture = _shrunk(mask[min(row, mask.shape[0] - 1)]).expand(q.shape[1], -1, -1)
         return Seen(share, q.shape[2], size, picture, *pair)
 
+    def look_at(self, call: Call, view: View, v: torch.Tensor, out: torch.Tensor, share: torch.Tensor) -> Seen:
+        """Return the numbers of one attention whose heads do not all attend to lists.
+
+        Args:
+            call: it belongs to.
+            view: queries and keys, in the plan's order.
+            v: values likewise.
+            out: what came of it, likewise.
+            share: fp32 [H], of the key blocks that each head attended to.
+        """
+        size = view.query_blocks, view.key_blocks
+        if not self._closely:
+            return Seen(share, out.shape[2], size)
+        row = _cond_row(call)
+        length = view.k.shape[2] if view.kv_length is None else int(view.kv_length[row])
+        blocks = _every(view)
+        error, _ = compared(
+            view.q[row], view.k[row], v[row], out[row], blocks.to_mask(size[1]), 0, blocks, view.scale, length
+        )
+        return Seen(share, out.shape[2], size, None, error, None)
+
     def add(self, call: Call, layer: int, seen: Sequence[Seen]) -> None:
         """Count one sparse attention; ``seen`` are its heads in order, in one or more pieces."""
         share = torch.cat([piece.share for piece in seen])
@@ -102,10 +124,12 @@ class Audit:
             self.layers[layer] = _Layer(share.clone(), 1, seen[0].tokens, seen[0].blocks)
         elif known.kept.shape == share.shape:
             known.kept, known.calls = known.kept + share, known.calls + 1
-        if self._closely:
+        if not self._closely:
+            return
+        if seen[0].picture is not None:
             self.pictures[layer] = torch.cat([piece.picture for piece in seen])
-            error, mass = (torch.cat([getattr(piece, name) for piece in seen]) for name in ("error", "mass"))
-            self.samples.append(_Sample(call.evaluation.step, layer, error, mass))
+        error, mass = (_joined([getattr(piece, name) for piece in seen]) for name in ("error", "mass"))
+        self.samples.append(_Sample(call.evaluation.step, layer, error, mass))
 
     def report(self) -> dict[str, Any]:
         """Return everything as JSON values; see ``attention`` in trace@1."""
@@ -125,7 +149,7 @@ class Audit:
                     "step": item.step,
                     "layer": item.layer,
                     "relative_l2": _numbers(item.error),
-                    "kept_mass": _numbers(item.mass),
+                    "kept_mass": [] if item.mass is None else _numbers(item.mass),
                 }
                 for item in self.samples
             ],
@@ -189,6 +213,16 @@ def compared(
         mass += (weights.sum(dim=1) * tokens).sum(dim=1)
         rows += at.stop - at.start
     return (error / norm.clamp_min(1e-30)).sqrt(), mass / rows
+
+
+def _joined(pieces: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    return None if pieces[0] is None else torch.cat(list(pieces))
+
+
+def _every(view: View) -> BlockList:
+    """Return the list of a head that attends to everything."""
+    mask = torch.ones((1, 1, view.query_blocks, view.key_blocks), dtype=torch.bool, device=view.q.device)
+    return BlockList.from_mask(mask, view.q_block, view.kv_block)
 
 
 def _cond_row(call: Call) -> int:

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from ..evaluation import Attention, Call
+from ..facts import Facts
 from ..models import BlockSite, ModelDescriptor, ModulePart
 from ..models.modules import ATTN
 from .geometry import Geometry
 from .key_mask import valid_keys
 from .locate import locate
 
+_HOOK = "attention_override"
 _MASKS = "attention key masks"
 
 
@@ -68,3 +70,26 @@ class AttentionWatcher:
             # The mask is kept beside the answer: its id stays taken.
             known[key] = asked.mask, valid_keys(asked.mask, asked.q.shape[0], geometry)
         return known[key][1]
+
+
+def unreachable(facts: Facts) -> str | None:
+    """Return why attention cannot be reached in this network, or None."""
+    descriptor = facts.descriptor
+    if _HOOK not in descriptor.hooks:
+        return f"{descriptor.family} computes its attention where no other can be put in its place"
+    if not any(ATTN in site.names for site in descriptor.module_sites(facts.network)):
+        return f"the self-attention of {descriptor.family} cannot be told from other attention"
+    if not facts.modules_in_place:
+        return "another pack has replaced modules inside the blocks, which tell one layer's attention from another's"
+    return None
+
+
+def too_short(facts: Facts, least: int) -> str | None:
+    """Return why a run of so few tokens is left alone, or None."""
+    tokens = facts.descriptor.tokens(facts.network, facts.latent_shape)
+    if tokens >= least:
+        return None
+    return (
+        f"{tokens:,} image tokens; below min_tokens = {least:,} ordinary attention is left alone "
+        "(attention is a small part of such a run)"
+    )

@@ -5,15 +5,13 @@ from dataclasses import dataclass, replace
 
 from ..errors import StrettoError
 from ..facts import ACTIVE, OFF, Facts, Outcome
-from ..models.modules import ATTN
 from ..plan import Request
 from .geometry import Geometry
+from .inside import too_short, unreachable
 from .methods import METHODS
 from .session import AttentionSession
 from .settings import AttentionSettings
 from .weights import AttentionWeights, load_weights
-
-_HOOK = "attention_override"
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class AttentionTechnique:
     """Sparse attention."""
 
     name: str = "attention"
-    exclusive_with: frozenset[str] = frozenset({"attention"})
+    exclusive_with: frozenset[str] = frozenset({"attention", "attention_plan", "attention_probe"})
 
     def label(self, request: Request) -> str:
         """Return what a user calls this request."""
@@ -49,21 +47,11 @@ class AttentionTechnique:
 
     def _obstacle(self, settings: AttentionSettings, facts: Facts, force: bool) -> str | None:
         """Return why attention stays as it is, or None."""
+        blocked = unreachable(facts) or (None if force else too_short(facts, settings.min_tokens))
+        if blocked or force:
+            return blocked
         descriptor = facts.descriptor
-        if _HOOK not in descriptor.hooks:
-            return f"{descriptor.family} computes its attention where no other can be put in its place"
-        if not any(ATTN in site.names for site in descriptor.module_sites(facts.network)):
-            return f"the self-attention of {descriptor.family} cannot be told from other attention"
-        if not facts.modules_in_place:
-            return "another pack has replaced modules inside the blocks, which tell one layer's attention from another's"
-        if force:
-            return None
         tokens = descriptor.tokens(facts.network, facts.latent_shape)
-        if tokens < settings.min_tokens:
-            return (
-                f"{tokens:,} image tokens; below min_tokens = {settings.min_tokens:,} ordinary attention is left alone "
-                "(attention is a small part of such a run)"
-            )
         misfit = METHODS[settings.method].fits(Geometry(descriptor.grid(facts.network, facts.latent_shape), 0, tokens))
         if misfit:
             return misfit

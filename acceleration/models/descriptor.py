@@ -31,6 +31,10 @@ class BlockSite:
         return self.kind, self.index
 
 
+#: Names under which modules keep their number of heads.
+_HEADS = ("num_heads", "heads", "n_heads", "n_local_heads", "num_attention_heads")
+
+
 def _patch_size(network: Any) -> int | Sequence[int]:
     return network.patch_size
 
@@ -174,6 +178,15 @@ class ModelDescriptor:
     def module_blocks(self, network: Any) -> int:
         """Return the number of blocks whose modules can be cached."""
         return len(self._keys(network, tuple((kind, name) for kind, name, _ in self.module_lists)))
+
+    def heads(self, network: Any) -> int:
+        """Return the number of attention heads, as a module of ``network`` tells it; one per 64 channels where none does."""
+        for module in network.modules():
+            found = (getattr(module, name, None) for name in _HEADS)
+            heads = next((number for number in found if isinstance(number, int) and number > 0), 0)
+            if heads:
+                return heads
+        return max(self.hidden_size(network) // 64, 1)
 
     def _keys(self, network: Any, lists: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
         """Return (kind, index) of the blocks of ``lists`` that the network runs."""

@@ -119,13 +119,15 @@ def re_ttention(
     return uniform(steps, layers, heads, by_step)
 
 
-def ditfastattn(steps: int, layers: int, heads: int, period: int = 4, guided: bool = True) -> ModeTable:
+def ditfastattn(
+    steps: int, layers: int, heads: int, period: int = 4, guided: bool = True, full_until: float = 0.2
+) -> ModeTable:
     """Return a schedule in DiTFastAttn's modes for models nobody has searched (after arXiv 2406.08552).
 
-    The first fifth of the steps is full; then one full step in ``period``, the others a window with residual; in the last
-    third the step before a full one takes the output of the step before it. Guidance branches share from 30 % on.
+    The first ``full_until`` of the steps is full; then one full step in ``period``, the others a window with residual; in
+    the last third the step before a full one takes the output of the step before it. Guidance branches share from 30 % on.
     """
-    first = max(1, round(0.2 * steps))
+    first = max(1, round(full_until * steps))
     by_step = []
     for step in range(steps):
         phase = (step - first) % period

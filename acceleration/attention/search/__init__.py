@@ -5,10 +5,11 @@ from .find import Limits, Problem, as_plan, cheapest_that_passes, pose
 from .latency import LatencyTable, ideal, measure
 from .patterns import Pattern, candidates, head_selection
 from .plan_file import ModelTag, PlanFile, from_steps, load_plan, save_plan, structure_hash
-from .probe import LADDER, Curves, Option, Probe
+from .probe import LADDER, TRIED, Curves, Option, Probe, curves_from_json, curves_json
 
 __all__ = [
     "LADDER",
+    "TRIED",
     "Allocation",
     "Curves",
     "LatencyTable",
@@ -22,6 +23,8 @@ __all__ = [
     "as_plan",
     "candidates",
     "cheapest_that_passes",
+    "curves_from_json",
+    "curves_json",
     "from_steps",
     "head_selection",
     "hull",

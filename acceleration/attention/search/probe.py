@@ -73,6 +73,36 @@ class Curves:
     patterns: tuple[Pattern, ...]
 
 
+def curves_json(curves: Curves) -> dict[str, Any]:
+    """Return curves as JSON values: tables flat, to six digits, None for what was not tried."""
+    tables = {name: getattr(curves, name) for name in ("error", "density", "rho", "alpha", "norm")}
+    return {
+        "options": [[int(option.mode), option.pattern, option.budget] for option in curves.options],
+        "shape": list(curves.norm.shape),
+        "edges": list(curves.edges),
+        "ladder": list(curves.ladder),
+        "patterns": [pattern.to_json() for pattern in curves.patterns],
+        **{name: [float(f"{x:.6g}") if np.isfinite(x) else None for x in table.ravel()] for name, table in tables.items()},
+    }
+
+
+def curves_from_json(document: Mapping[str, Any]) -> Curves:
+    """Return the curves that :func:`curves_json` wrote."""
+    shape = tuple(document["shape"])
+    tables = {
+        name: np.array([np.nan if x is None else x for x in document[name]], float).reshape(*shape, -1)
+        for name in ("error", "density", "rho", "alpha", "norm")
+    }
+    tables["norm"] = tables["norm"].reshape(shape)
+    return Curves(
+        tuple(Option(Mode(mode), pattern, budget) for mode, pattern, budget in document["options"]),
+        edges=tuple(document["edges"]),
+        ladder=tuple(document["ladder"]),
+        patterns=tuple(Pattern(item["kind"], item["size"]) for item in document["patterns"]),
+        **tables,
+    )
+
+
 @dataclass
 class _Sums:
     """Sums of one layer in one bucket; tensors [H] or [ladder, H], on the device."""
