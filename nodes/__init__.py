@@ -5,6 +5,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
+from .attention_plan import StrettoAttentionPlan
+from .attention_search import StrettoAttentionProbe, StrettoAttentionSearch
 from .cache import StrettoCache
 from .calibrate import StrettoCalibrate
 from .demo import StrettoDemoText
@@ -48,6 +50,9 @@ class StrettoExtension(ComfyExtension):
             StrettoCacheSchedule,
             StrettoSparseAttention,
             StrettoLoadAttentionWeights,
+            StrettoAttentionPlan,
+            StrettoAttentionProbe,
+            StrettoAttentionSearch,
             StrettoLoadDiffusionModel,
             StrettoLoadTextEncoder,
             StrettoGuidanceSaver,

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image
@@ -16,6 +15,7 @@ from ..acceleration.hosts.comfy_profile import TIMING_MASK, profile
 from ..acceleration.hosts.comfy_sampling import SamplingJob
 from .cache import PRESET_TYPE
 from .charts import BLUE, GREEN, ORANGE, PINK, Chart, Series, as_image, draw_charts
+from .inputs import sampling_inputs
 
 ProfileType = io.Custom("STRETTO_PROFILE")
 
@@ -48,35 +48,7 @@ class StrettoProfile(io.ComfyNode):
             category="Stretto",
             description="Samples once with nothing skipped and records how much each step changes. "
             "Stretto Calibrate turns the record into settings for a quality or a speed of your choice.",
-            inputs=[
-                io.Model.Input("model", tooltip="The model, with its LoRAs and without anything that skips steps."),
-                io.Conditioning.Input("positive", tooltip="A prompt like those you mean to use."),
-                io.Conditioning.Input("negative", tooltip="As for KSampler."),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise; its size is part of the result."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Seed of the noise."),
-                io.Int.Input("steps", default=28, min=1, max=256, tooltip="Steps of the runs you mean to accelerate."),
-                io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale."),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="euler",
-                    tooltip="As for KSampler.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="simple",
-                    tooltip="As for KSampler.",
-                ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the noise levels that is run.",
-                ),
-            ],
+            inputs=sampling_inputs(),
             outputs=[
                 ProfileType.Output(display_name="profile"),
                 io.Image.Output(display_name="curves"),

@@ -22,7 +22,7 @@ class ProbeSession(AttentionWatcher):
         token: that whoever asked finds the record by.
         probe: gathers the curves.
         order: of the tokens.
-        block: tokens in a block.
+        block_size: tokens in a block.
         sigmas: noise level of every step.
         about: what else the record is to say.
     """
@@ -30,7 +30,7 @@ class ProbeSession(AttentionWatcher):
     token: str
     probe: Probe
     order: OrderSpec
-    block: int
+    block_size: int
     sigmas: tuple[float, ...]
     about: dict[str, Any]
     clock: Clock = wall_clock
@@ -65,7 +65,7 @@ class ProbeSession(AttentionWatcher):
         length = None if kv_length is None else call.part(kv_length, index)
         layer = call.attending.depth
         layers = self.descriptor.module_blocks(self.network)
-        view = View(geometry, order, self.block, self.block, q, k, length, asked.scale, layer, layers, q.shape[1])
+        view = View(geometry, order, self.block_size, self.block_size, q, k, length, asked.scale, layer, layers, q.shape[1])
         self.probe.observe(view, v, call.branches[index].key, self._sigma)
         self._seen = {
             "layers": layers, "heads": q.shape[1], "kv_heads": k.shape[1], "size": q.shape[3], "tokens": geometry.length,
@@ -83,7 +83,7 @@ class ProbeSession(AttentionWatcher):
         try:
             curves = self.probe.curves(self._seen.get("layers", 1), self._seen.get("heads", 1))
         except ValueError as error:
-            why = "; ".join(sorted(self._left)) or f"{error}: the picture has too few tokens for blocks of {self.block}"
+            why = "; ".join(sorted(self._left)) or f"{error}: the picture has too few tokens for blocks of {self.block_size}"
             return {**document, "error": why}
         return {**document, "curves": curves_json(curves), "sigmas": list(self.sigmas)}
 

@@ -92,7 +92,8 @@ def pose(
         latency: of this shape; None: an ideal kernel.
         limits: what a plan may do.
         share: of the run's steps that each bucket takes; equal where left out.
-        weights: [L] or [S, L, H], what an error of each head counts; 1 where left out. They are normalised to mean 1.
+        weights: [L], or what broadcasts to [S, L, H]: what an error of each head counts; 1 where left out. They are normalised
+            to mean 1.
         parts: steps from each budget that was probed to the next (:func:`refined`).
     """
     curves = refined(curves, parts)
@@ -201,37 +202,48 @@ def as_plan(
     )
 
 
-def cheapest_that_passes(
-    problem: Problem, make: Callable[[Allocation], PlanFile], quality: Callable[[PlanFile], float], target: float,
-    tries: int = 5, low: float = 0.02, high: float = 1.0,
-) -> tuple[PlanFile, list[tuple[float, float]]]:  # fmt: skip
-    """Return the cheapest plan of a few tries whose measured quality reaches ``target``, and all (cost, quality) found.
+@dataclass(frozen=True)
+class Tried:
+    """One plan that was measured.
 
-    Bisects over the cost; what is predicted of single attentions orders plans, what is measured of pictures decides. Where
-    none passes, everything is full.
+    Attributes:
+        knob: it was chosen with.
+        cost: predicted share of full attention's time.
+        quality: measured.
+    """
+
+    knob: float
+    cost: float
+    quality: float
+
+
+def cheapest_that_passes(
+    choose: Callable[[float], Allocation], make: Callable[[Allocation], PlanFile], quality: Callable[[PlanFile], float],
+    target: float, tries: int = 5,
+) -> tuple[PlanFile | None, list[Tried]]:  # fmt: skip
+    """Return the cheapest plan of a few tries whose measured quality reaches ``target``, and all that were tried.
+
+    Bisects over the knob; what is predicted of single attentions orders plans, what is measured of pictures decides. None
+    where no plan passes.
 
     Args:
-        problem: what is chosen from.
+        choose: knob in [0, 1], from fast to full -> choice.
         make: choice -> plan.
         quality: plan -> what a run with it is worth, for example PSNR in dB; more is better.
         target: least quality.
         tries: runs.
-        low: least cost that is tried.
-        high: greatest.
     """
-    found, passed = [], None
+    found: list[Tried] = []
+    passed, low, high = None, 0.0, 1.0
     for _ in range(tries):
-        cost = (low + high) / 2
-        chosen = problem.best(cost)
+        knob = (low + high) / 2
+        chosen = choose(knob)
         plan = make(chosen)
-        value = quality(plan)
-        found.append((chosen.cost, value))
-        if value >= target:
-            passed, high = replace(plan, achieved={**plan.achieved, "quality": value}), cost
+        found.append(Tried(knob, chosen.cost, quality(plan)))
+        if found[-1].quality >= target:
+            passed, high = plan, knob
         else:
-            low = cost
-    if passed is None:
-        passed = make(problem.cheapest(0.0))
+            low = knob
     return passed, found
 
 

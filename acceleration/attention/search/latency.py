@@ -7,6 +7,13 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
+
+from ....kernels.block_sparse_attention import BlockList, block_sparse_attention
+from ..geometry import Geometry
+from ..order import OrderSpec, token_order
+from ..plan import View
+from .patterns import Pattern, head_selection
 
 #: Shares of the blocks that are timed.
 DENSITIES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
@@ -91,3 +98,51 @@ def measure(
                 found.append(time.perf_counter() - start)
     first, *rest = (median(found) for found in seconds)
     return LatencyTable(tuple(densities), tuple(rest), first)
+
+
+def of_attention(
+    geometry: Geometry,
+    order: OrderSpec,
+    block: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    repeats: int = 3,
+) -> LatencyTable:
+    """Time attention of one guidance branch at one shape: reordering, routing and the sparse kernel, against torch's own.
+
+    Args:
+        geometry: of the tokens.
+        order: that lists are laid in.
+        block: tokens in a block.
+        heads: of the queries.
+        kv_heads: of keys and values.
+        size: of a head.
+        dtype: of queries, keys and values.
+        device: where.
+        repeats: rounds after a discarded one.
+    """
+    make = torch.Generator(device="cpu").manual_seed(0)
+    q, k, v = (
+        torch.randn(1, number, geometry.length, size, generator=make).to(device, dtype) for number in (heads, kv_heads, kv_heads)
+    )
+    laid, scale = token_order(order, geometry, device), size**-0.5
+
+    def sparse(density: float) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            a, b, c = (laid.ordered(x) for x in (q, k, v))
+            view = View(geometry, laid, block, block, a, b, None, scale, heads=heads)
+            mask = head_selection(view, (Pattern(),), np.zeros(heads, int), np.full(heads, density)).mask
+            return laid.as_given(block_sparse_attention(a, b, c, BlockList.from_mask(mask, block, block), scale=scale)[0])
+
+        return run
+
+    def dense() -> torch.Tensor:
+        grouped = {"enable_gqa": True} if heads != kv_heads else {}
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, **grouped)
+
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    return measure(sparse, dense, wait, repeats=repeats)

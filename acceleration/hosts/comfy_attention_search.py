@@ -1,0 +1,320 @@
+"""Probing a MODEL's attention during a run of it, and trying plans by further ones."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+
+from ..attention.geometry import Geometry
+from ..attention.probing.technique import ORDERS
+from ..attention.search import (
+    SEARCHES,
+    Allocation,
+    Curves,
+    LatencyTable,
+    Limits,
+    ModelTag,
+    PlanFile,
+    Problem,
+    Tried,
+    as_plan,
+    cheapest_that_passes,
+    curves_from_json,
+    of_attention,
+    pose,
+    save_plan,
+)
+from ..errors import StrettoError
+from ..plan import Request
+from ..quality import psnr
+from .comfy import TRACES, request
+from .comfy_profile import evaluation_seconds, traced
+from .comfy_sampling import SamplingJob
+
+Sample = Callable[[Any], torch.Tensor]
+
+
+Decode = Callable[[torch.Tensor], torch.Tensor]
+Progress = Callable[[int], None]
+
+QUALITY, TIME = "PSNR at least (dB)", "attention time at most (%)"
+#: How bold the choice is that shows what errors of each part of the run count.
+WEIGHING_KNOB = 0.4
+#: Identical results have no finite PSNR; figures say this instead.
+MOST_DECIBELS = 120.0
+
+
+@dataclass(frozen=True, eq=False)
+class Probed:
+    """What a probe found.
+
+    Attributes:
+        curves: of every head.
+        about: family, variant, hash, order, block and period.
+        shape: layers, heads, kv_heads, size, tokens, grid and rows.
+        sigmas: noise level of every step.
+        seconds: (of the probing, of the sampler with it).
+        device: that the run was on.
+        dtype: of the network.
+    """
+
+    curves: Curves
+    about: Mapping[str, Any]
+    shape: Mapping[str, Any]
+    sigmas: tuple[float, ...]
+    seconds: tuple[float, float]
+    device: str
+    dtype: str
+
+    def latency(self) -> LatencyTable:
+        """Time attention at the probed shape, on the probed device."""
+        geometry = Geometry(tuple(self.shape["grid"]), 0, self.shape["tokens"])
+        return of_attention(
+            geometry, ORDERS[self.about["order"]], self.about["block"], *(self.shape[x] for x in ("heads", "kv_heads", "size")),
+            dtype=getattr(torch, self.dtype), device=self.device,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class ProbedRun:
+    """What was seen, and what it takes to sample again.
+
+    Attributes:
+        probed: curves and shapes.
+        job: the run.
+        latent: of the run, which is that of plain sampling to the bit.
+    """
+
+    probed: Probed
+    job: SamplingJob
+    latent: torch.Tensor
+
+
+def probe(model: Any, sample: Sample, order: str, block: int) -> tuple[Probed, torch.Tensor]:
+    """Sample with MODEL ``model`` while looking at its attention.
+
+    Args:
+        model: MODEL without anything that skips steps or attention.
+        sample: samples with the MODEL it is given and returns the latent.
+        order: key of :data:`~..attention.probing.technique.ORDERS`.
+        block: tokens in a block.
+
+    Returns:
+        What was found, and the latent, which is that of plain sampling to the bit.
+
+    Raises:
+        StrettoError: attention cannot be looked at; the message says why.
+        ConflictError: the model already carries a technique that a probe cannot share a run with.
+    """
+    token = uuid4().hex
+    settings = {"token": token, "order": order, "block": block}
+    latent = sample(request(model, Request("attention_probe", settings, required=True)))
+    taken = TRACES.take_record("attention_probe", token)
+    if taken is None:
+        raise StrettoError("Stretto Attention Probe: the sampler did not run the model it was given, so nothing was seen")
+    record, trace = taken
+    if record["error"] is not None:
+        raise StrettoError(f"Stretto Attention Probe: {record['error']}")
+    names = ("layers", "heads", "kv_heads", "size", "tokens", "grid", "rows")
+    return Probed(
+        curves_from_json(record["curves"]),
+        record["about"],
+        {name: record[name] for name in names},
+        tuple(record["sigmas"]),
+        (record["seconds"], trace["seconds"]["sampler"]),
+        trace["model"]["device"],
+        trace["model"]["dtype"],
+    ), latent
+
+
+def try_plan(model: Any, sample: Sample, plan: PlanFile) -> tuple[torch.Tensor, float]:
+    """Sample with MODEL ``model`` following ``plan``; return the latent and the seconds of all evaluations."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "plan.safetensors"
+        save_plan(file, plan)
+        settings = {"file": str(file), "min_tokens": 0, "compare": False}
+        latent, trace = traced(request(model, Request("attention_plan", settings, force=True)), sample)
+        return latent, evaluation_seconds(trace)
+
+
+def plain_seconds(model: Any, sample: Sample) -> tuple[torch.Tensor, float]:
+    """Sample plainly; return the latent and the seconds of all evaluations."""
+    latent, trace = traced(request(model, Request("measure")), sample)
+    return latent, evaluation_seconds(trace)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        plan: the plan.
+        problem: what was chosen from.
+        choose: knob -> choice.
+        tried: plans that were run.
+        speed: measured, plain evaluations over those with the plan.
+        quality: PSNR of the plan's run, dB.
+        pictures: whether quality was measured on pictures.
+    """
+
+    plan: PlanFile
+    problem: Problem
+    choose: Callable[[float], Allocation]
+    tried: list[Tried]
+    speed: float
+    quality: float
+    pictures: bool
+
+
+def search(
+    run: ProbedRun, method: str, target: str, value: float, tries: int = 5, decode: Decode | None = None,
+    progress: Callable[[int], Progress] | None = None, weigh: bool = True,
+) -> Found:  # fmt: skip
+    """Return the plan of a probe that meets a target.
+
+    Args:
+        run: what was probed, and what it takes to sample again.
+        method: key of :data:`~..attention.search.SEARCHES`.
+        target: :data:`QUALITY` or :data:`TIME`.
+        value: decibels, or percent of full attention's time.
+        tries: runs that plans are tried by, at a target in decibels.
+        decode: latent -> pictures in 0..1, on which quality is measured; None: on latents.
+        progress: number of steps of all runs -> what is told how many are done.
+        weigh: whether a run for each part of the noise levels tells first how much errors there count.
+
+    Raises:
+        StrettoError: no such method, the probe has not tried what it needs, or no plan meets the target.
+    """
+    probed, row = run.probed, _search_row(method)
+    buckets = len(probed.curves.edges) + 1
+    trial = _Trials(run, decode, (tries if target == QUALITY else 1) + (buckets if weigh else 0), progress)
+    latency, limits = probed.latency(), Limits(period=probed.about["period"])
+    problem = pose(probed.curves, latency, limits)
+
+    def make(chosen: Allocation) -> PlanFile:
+        return _as_plan(probed, problem, chosen, method, run.job)
+
+    try:
+        choose = row.search(problem)
+    except ValueError as error:
+        raise StrettoError(f"Stretto Attention Search: {error}; probe with order = rows") from None
+    if weigh:
+        weights = _weights(choose, problem, lambda chosen: trial(make(chosen)))
+        problem = pose(probed.curves, latency, limits, weights=weights)
+        choose = row.search(problem)
+    if target == TIME:
+        knob = _knob_for(choose, value / 100.0)
+        plan = make(choose(knob))
+        tried = [Tried(knob, plan.achieved["predicted_cost"], trial(plan))]
+    else:
+        plan, tried = cheapest_that_passes(choose, make, trial, value, tries)
+        if plan is None:
+            best = max(item.quality for item in tried)
+            raise StrettoError(
+                f"Stretto Attention Search: no plan of {method} reached {value:g} dB; the best of {len(tried)} tries gave "
+                f"{best:.1f} dB. Ask for less, or give more tries"
+            )
+    speed, quality = trial.figures[id(plan)]
+    achieved = {**plan.achieved, "psnr": round(quality, 2), "speed": round(speed, 3)}
+    return Found(replace(plan, achieved=achieved), problem, choose, tried, speed, quality, decode is not None)
+
+
+class _Trials:
+    """Runs plans and compares what comes out with the plain run."""
+
+    def __init__(
+        self, run: ProbedRun, decode: Decode | None, tries: int, progress: Callable[[int], Progress] | None
+    ) -> None:
+        self.run, self.decode, self.steps = run, decode or (lambda latent: latent), 0
+        self.tell = (progress or (lambda total: lambda done: None))((tries + 1) * run.job.steps)
+        self.plain_seconds = plain_seconds(run.job.model, self._sample)[1]
+        self.reference = self.decode(run.latent).float().cpu()
+        self.peak = None if decode is None else 1.0
+        self.figures: dict[int, tuple[float, float]] = {}
+        self.plans: list[PlanFile] = []  # kept, so that ids stay taken
+
+    def __call__(self, plan: PlanFile) -> float:
+        latent, seconds = try_plan(self.run.job.model, self._sample, plan)
+        quality = min(psnr(self.decode(latent).float().cpu(), self.reference, self.peak), MOST_DECIBELS)
+        self.plans.append(plan)
+        self.figures[id(plan)] = self.plain_seconds / seconds, quality
+        return quality
+
+    def _sample(self, model: Any) -> torch.Tensor:
+        def step(*_: Any) -> None:
+            self.steps += 1
+            self.tell(self.steps)
+
+        return self.run.job(model, callback=step)
+
+
+def _weights(
+    choose: Callable[[float], Allocation], problem: Problem, quality: Callable[[Allocation], float]
+) -> np.ndarray:
+    """Return what errors of each part of the noise levels count, [S, 1, 1]: measured by a run with errors there alone.
+
+    A choice is followed in one part, all else being full. How much the picture is off, by how much attention was predicted
+    to be, is the part's weight. A part in which the choice is full counts as the mean of the others.
+
+    Args:
+        choose: knob -> choice.
+        problem: what it chooses from.
+        quality: choice -> PSNR of a run with it, dB.
+    """
+    bold, shape = choose(WEIGHING_KNOB).chosen, problem.curves.error.shape[:3]
+    parts = np.broadcast_to(np.arange(shape[0])[:, None, None], shape).ravel()
+    rows, found = np.arange(len(bold)), np.full(shape[0], np.nan)
+    for part in range(shape[0]):
+        chosen = np.where(parts == part, bold, 0)
+        error = float(problem.error[rows, chosen].sum())
+        if error > 0:
+            cost = float(problem.cost[rows, chosen].sum())
+            found[part] = 10 ** (-quality(Allocation(chosen, cost, error)) / 10) / error
+    if not np.isfinite(found).any():
+        return np.ones((shape[0], 1, 1))
+    return np.where(np.isfinite(found), found, np.nanmean(found))[:, None, None]
+
+
+def _search_row(method: str) -> Any:
+    if method not in SEARCHES:
+        raise StrettoError(f"Stretto Attention Search: method is {method!r}; known methods: {', '.join(SEARCHES)}")
+    return SEARCHES[method]
+
+
+def _as_plan(probed: Probed, problem: Problem, chosen: Allocation, method: str, job: SamplingJob) -> PlanFile:
+    about = probed.about
+    tag = ModelTag(about["family"], about["variant"], about["hash"])
+    provenance = {
+        "source": "Stretto Attention Search, on the user's own model and prompt",
+        "method": method,
+        "paper": SEARCHES[method].source,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "sampler": job.sampler_name,
+        "scheduler": job.scheduler,
+        "cfg": job.cfg,
+        "seed": job.seed,
+        "device": probed.device,
+        "dtype": probed.dtype,
+    }
+    return as_plan(
+        problem, chosen, tag, steps=len(probed.sigmas), grid=tuple(probed.shape["grid"]), tokens=probed.shape["tokens"],
+        block=(about["block"],) * 2, order=ORDERS[about["order"]],
+        rho_step=0.0, provenance=provenance,
+    )  # fmt: skip
+
+
+def _knob_for(choose: Callable[[float], Allocation], cost: float) -> float:
+    """Return the largest knob whose choice costs at most ``cost``; 0 where none does."""
+    low, high = 0.0, 1.0
+    if choose(1.0).cost <= cost:
+        return 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if choose(middle).cost <= cost else (low, middle)
+    return low
