@@ -13,6 +13,8 @@ ITEM = {
     torch.int8: 1, torch.uint8: 1, torch.float8_e4m3fn: 1, torch.float8_e5m2: 1, torch.float16: 2, torch.bfloat16: 2,
     torch.float32: 4,
 }  # fmt: skip
+#: Entries worked on at a time: what the caches of a core hold.
+PIECE = 1 << 17
 #: Parts of an arena begin at multiples of this many bytes, which every dtype and every kernel accepts.
 ALIGNMENT = 16
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ....kernels.rotate_quantize import SIZES, quantize_rows, rotate
-from .base import Layout, Part
+from .base import PIECE, Layout, Part
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,13 @@ class Int8Rows(Layout):
     ) -> dict[str, torch.Tensor]:
         if self.shared_scale:
             raise ValueError("int8 with one scale for the whole weight is read, not written")
-        codes, scale = quantize_rows(rotate(weight, self.rotation), generator)
-        return {"weight": codes, "weight_scale": scale}
+        # A few rows at a time stay in a core's caches.
+        pieces = [
+            quantize_rows(rotate(piece, self.rotation), generator)
+            for piece in weight.split(max(PIECE // max(weight.shape[1], 1), 1))
+        ]
+        codes, scale = zip(*pieces)
+        return {"weight": torch.cat(codes), "weight_scale": torch.cat(scale)}
 
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return rotate(parts["weight"].float() * parts["weight_scale"], self.rotation)
