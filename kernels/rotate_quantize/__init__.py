@@ -22,11 +22,17 @@ def rotate(x: torch.Tensor, size: int) -> torch.Tensor:
     if size != 256 or x.device.type != "cpu" or x.shape[-1] % 256:
         return reference.rotate(x, size)
     side = hadamard(16, x.device).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    rotated = torch.empty(x.shape, dtype=side.dtype)
-    for piece, place in zip(x.reshape(-1, 256).split(_PIECE), rotated.view(-1, 256).split(_PIECE)):
-        inner = (piece.to(side.dtype).reshape(-1, 16) @ side).view(-1, 16, 16)
-        place.copy_(torch.matmul(side, inner).view(-1, 256))
-    return rotated
+
+    def product(piece: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(side, (piece.to(side.dtype).reshape(-1, 16) @ side).view(-1, 16, 16)).view(-1, 256)
+
+    blocks = x.reshape(-1, 256)
+    if blocks.shape[0] <= _PIECE:
+        return product(blocks).view(x.shape)
+    rotated = torch.empty(blocks.shape, dtype=side.dtype)
+    for piece, place in zip(blocks.split(_PIECE), rotated.split(_PIECE)):
+        place.copy_(product(piece))
+    return rotated.view(x.shape)
 
 
 def why_not_bf16(x: torch.Tensor, size: int) -> str | None:
