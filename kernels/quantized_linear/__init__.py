@@ -14,6 +14,7 @@ __all__ = ["INT8", "SCALED_FP8", "dequantized_linear", "fp8_linear", "int8_linea
 
 #: Entries of an int32 product made at once: 256 MiB.
 CHUNK = 1 << 26
+_SMALL = 1 << 17
 FP8_LIMIT = 448.0
 
 
@@ -84,9 +85,12 @@ def int8_linear(
     step = max(CHUNK // max(weight.shape[0], 1), 32)
     for start in range(0, flat.shape[0], step):
         codes, rows = rotate_quantize(flat[start : start + step], rotation, pre_scale)
-        part = _int_mm(codes, weight).float().mul_(rows)
-        part = part.mul_(columns) if bias is None else torch.addcmul(bias, part, columns)
-        y[start : start + step] = part
+        product, place = _int_mm(codes, weight), y[start : start + step]
+        # On a processor a few rows at a time, so that what is between two operations stays in the caches.
+        small = max(_SMALL // weight.shape[0], 1) if x.device.type == "cpu" else max(place.shape[0], 1)
+        for sums, scales, out in zip(product.split(small), rows.split(small), place.split(small)):
+            part = sums.float().mul_(scales)
+            out.copy_(part.mul_(columns) if bias is None else torch.addcmul(bias, part, columns))
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -62,6 +62,21 @@ def rotate_quantize(
     Returns:
         int8 [..., K] and fp32 [..., 1].
     """
+    if x.device.type != "cpu":
+        return reference.rotate_quantize(x, size, pre_scale)
+    flat = x.reshape(-1, x.shape[-1])
+    step = max(256 * _PIECE // max(x.shape[-1], 1), 1)
+    if flat.shape[0] <= step:
+        codes, scales = _piece(flat, size, pre_scale)
+    else:
+        codes = torch.empty(flat.shape, dtype=torch.int8)
+        scales = torch.empty(flat.shape[0], 1)
+        for start in range(0, flat.shape[0], step):
+            codes[start : start + step], scales[start : start + step] = _piece(flat[start : start + step], size, pre_scale)
+    return codes.view(x.shape), scales.view(*x.shape[:-1], 1)
+
+
+def _piece(x: torch.Tensor, size: int, pre_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     if pre_scale is not None:
         x = x.float() * pre_scale.float()
     if why_not_bf16(x, size) is not None or x.shape[-1] % size:
