@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..acceleration.errors import StrettoError
 from ..acceleration.hosts import comfy_quantization as host
+from .inputs import ADVANCED
 
 NONE = "none"
 FORMATS = [host.AS_IS, "int8", "w6a8", "w4a8", "fp8"]
@@ -69,13 +70,26 @@ class StrettoLoadDiffusionModel(io.ComfyNode):
                     "they cost none and are rounded with them.",
                 ),
                 io.Combo.Input("loader", options=LOADERS, default=host.AUTOMATIC, tooltip=_LOADER_TIP),
+                io.Int.Input(
+                    "keep_decoded",
+                    default=host.KEEP >> 20,
+                    min=0,
+                    max=1 << 20,
+                    optional=True,
+                    tooltip="MB of decoded weights kept from step to step where the model runs on the processor. 6- and 4-bit "
+                    "layers and fp8 are decoded anew in every step beyond it. A GPU keeps none.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[io.Model.Output(display_name="model"), io.String.Output(display_name="report")],
         )
 
     @classmethod
-    def execute(cls, model_name: str, format: str, lora: str, loader: str) -> io.NodeOutput:
-        model, report = host.load_diffusion_model(path_of("diffusion_models", model_name), format, loader, lora)
+    def execute(
+        cls, model_name: str, format: str, lora: str, loader: str, keep_decoded: int = host.KEEP >> 20
+    ) -> io.NodeOutput:
+        path = path_of("diffusion_models", model_name)
+        model, report = host.load_diffusion_model(path, format, loader, lora, keep_decoded << 20)
         return io.NodeOutput(model, report.text())
 
 

@@ -27,7 +27,9 @@ from ..quantization.arena import (
     BRANCH,
     REQUANTIZE,
     FoldedBy,
+    Kept,
     LayerState,
+    Room,
     arena_linear,
     dequantize_arena,
     patched_arena,
@@ -56,11 +58,13 @@ from ..quantization.renaming import comfy_names
 
 AS_IS = "as in the file"
 AUTOMATIC, STRETTO, CORE = "automatic", "Stretto", "ComfyUI"
+#: Bytes of decoded weights kept on a processor where nothing else is said.
+KEEP = 1 << 30
 log = logging.getLogger("stretto")
 
 
 def load_diffusion_model(
-    path: str, format: str = AS_IS, loader: str = AUTOMATIC, lora: str = BRANCH
+    path: str, format: str = AS_IS, loader: str = AUTOMATIC, lora: str = BRANCH, keep: int = KEEP
 ) -> tuple[Any, LoadReport]:
     """Load a diffusion model, quantized or to be quantized while loading.
 
@@ -69,6 +73,7 @@ def load_diffusion_model(
         format: :data:`AS_IS`, or a layout's name: free layers of a 16-bit or GGUF file get it while loading.
         loader: :data:`AUTOMATIC` leaves what ComfyUI loads best to it.
         lora: :data:`BRANCH` keeps LoRAs exact beside the weights, :data:`REQUANTIZE` rounds them into the weights.
+        keep: bytes of decoded weights that are kept from step to step where the model runs on a processor.
 
     Returns:
         MODEL and the report.
@@ -77,10 +82,10 @@ def load_diffusion_model(
         StrettoError: the file is damaged, in a format that cannot be read, or of an architecture that ComfyUI does not know.
     """
     with open_checkpoint(path) as checkpoint:
-        prepared = _prepare(checkpoint, format, loader)
+        prepared = _prepare(checkpoint, format, loader, keep=keep)
         if prepared.core:
             return comfy.sd.load_diffusion_model(path), prepared.report
-        operations = quantized_operations(prepared.packed, lora, prepared.folds)
+        operations = quantized_operations(prepared.packed, lora, prepared.folds, keep)
         metadata = {key: value for key, value in checkpoint.metadata.items() if key != METADATA_KEY}
         model = comfy.sd.load_diffusion_model_state_dict(
             prepared.tensors, model_options={"custom_operations": operations}, metadata=metadata
@@ -89,13 +94,13 @@ def load_diffusion_model(
         raise StrettoError(f"{path}: ComfyUI does not know the architecture of this file")
     _require_all_taken(path, prepared.packed)
     if hasattr(model, "cached_patcher_init"):  # newer ComfyUI makes further copies of a model by loading it again
-        model.cached_patcher_init = (_load_again, (path, format, loader, lora))
+        model.cached_patcher_init = (_load_again, (path, format, loader, lora, keep))
     log.info("%s", prepared.report.text())
     return model, prepared.report
 
 
-def _load_again(path: str, format: str, loader: str, lora: str, disable_dynamic: bool = False) -> Any:
-    return load_diffusion_model(path, format, loader, lora)[0]
+def _load_again(path: str, format: str, loader: str, lora: str, keep: int, disable_dynamic: bool = False) -> Any:
+    return load_diffusion_model(path, format, loader, lora, keep)[0]
 
 
 def load_text_encoder(
@@ -157,7 +162,7 @@ class _Prepared:
     folds: dict[str, FoldedBy]
 
 
-def _prepare(checkpoint: Checkpoint, format: str, loader: str, text: bool = False) -> _Prepared:
+def _prepare(checkpoint: Checkpoint, format: str, loader: str, text: bool = False, keep: int = 0) -> _Prepared:
     """Decide who loads, and read the file if it is us."""
     path = str(checkpoint.paths[0])
     stored, renamed = comfy_names(checkpoint.tensors)
@@ -193,7 +198,8 @@ def _prepare(checkpoint: Checkpoint, format: str, loader: str, text: bool = Fals
     share, tokens = linear_share(architecture, logical, packed)
     report = LoadReport(
         path, STRETTO, why, TITLES[found.kind] if format == AS_IS else f"{TITLES[found.kind]}, quantized while loading",
-        Counter(item.layout.name for item, _ in packed.values()), _kernels(packed), nbytes, 2 * weights, share, tokens, notes,
+        Counter(item.layout.name for item, _ in packed.values()), _kernels(packed, keep), nbytes, 2 * weights, share, tokens,
+        notes,
     )  # fmt: skip
     return _Prepared(False, report, tensors, packed, folds)
 
@@ -282,32 +288,32 @@ def _require_all_taken(path: str, packed: Mapping[str, Any]) -> None:
         )
 
 
-def _kernels(packed: Mapping[str, tuple[Packed, bool]]) -> dict[str, str]:
+def _kernels(packed: Mapping[str, tuple[Packed, bool]], keep: int) -> dict[str, str]:
     """The product that each format will use on the device that models run on, in words."""
     device = comfy.model_management.get_torch_device()
+    once = f", decoded once and kept up to {keep / 1e6:,.0f} MB" if keep and device.type == "cpu" else ""
     words = {}
     for item, full in packed.values():
         layout = item.layout
-        if full or isinstance(layout, Awq):
-            words[layout.name] = "dequantized, then a 16- or 32-bit product"
-        elif isinstance(layout, Fp8):
-            sample = torch.empty(32, 32, device=device)
-            reason = quantized_linear.why_not_fp8(sample, sample.to(torch.float8_e4m3fn))
-            words[layout.name] = (
-                "fp8 product (torch._scaled_mm)"
-                if reason is None
-                else f"dequantized, then a 16- or 32-bit product ({reason})"
-            )
+        sample = torch.zeros(32, 32, device=device)
+        why = quantized_linear.why_not_fp8(sample, sample.to(torch.float8_e4m3fn))
+        if isinstance(layout, Fp8) and not full and why is None:
+            words[layout.name] = "fp8 product (torch._scaled_mm)"
+        elif full or isinstance(layout, Awq | Fp8):
+            reason = f" ({why})" if isinstance(layout, Fp8) and not full else ""
+            words[layout.name] = f"dequantized, then a 16- or 32-bit product{reason}{once}"
         else:
-            sample = torch.zeros(32, 32, device=device)
             reason = quantized_linear.why_not_int8(sample, sample.to(torch.int8))
             product = "int8 product (torch._int_mm)" if reason is None else f"reference product ({reason})"
-            words[layout.name] = product if isinstance(layout, Int8Rows) else f"decoded to int8, then {product}"
+            words[layout.name] = product if isinstance(layout, Int8Rows) else f"decoded to int8, then {product}{once}"
     return words
 
 
 def quantized_operations(
-    packed: dict[str, tuple[Packed, bool]], lora: str = BRANCH, folds: Mapping[str, FoldedBy] = MappingProxyType({})
+    packed: dict[str, tuple[Packed, bool]],
+    lora: str = BRANCH,
+    folds: Mapping[str, FoldedBy] = MappingProxyType({}),
+    keep: int = 0,
 ) -> type:
     """Return an operations class for ComfyUI's models, whose Linears take their weight out of ``packed`` where it has one.
 
@@ -315,12 +321,15 @@ def quantized_operations(
         packed: weight and whether its products stay in the activation's dtype, by layer; emptied as layers are loaded.
         lora: :data:`BRANCH` or :data:`REQUANTIZE`.
         folds: factors in weights, by layer; LoRAs get them too.
+        keep: bytes of decoded weights that are kept from step to step on a processor.
     """
+    room = Room(keep)
 
     class QuantizedOperations(comfy.ops.manual_cast):
         class Linear(comfy.ops.manual_cast.Linear):
             stretto_state: LayerState | None = None
             stretto_fold: FoldedBy | None = None
+            stretto_kept: Kept | None = None
 
             def _load_from_state_dict(
                 self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -337,6 +346,7 @@ def quantized_operations(
                     state_dict.pop(f"{prefix}weight", None)
                     self.stretto_state = LayerState(item.layout, item.shape, full_precision)
                     self.weight = torch.nn.Parameter(item.arena().to(self.weight.device), requires_grad=False)
+                    self.stretto_kept = Kept(room) if keep else None
                 super()._load_from_state_dict(
                     state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
                 )
@@ -363,7 +373,8 @@ def quantized_operations(
                 if weight.dtype != torch.uint8:  # a weight function has made it a floating one
                     output = quantized_linear.dequantized_linear(input, weight, bias)
                 else:
-                    output = arena_linear(self.stretto_state, input, weight, bias)
+                    kept = self.stretto_kept if weight is self.weight and not weight.is_cuda else None
+                    output = arena_linear(self.stretto_state, input, weight, bias, kept)
                 comfy.ops.uncast_bias_weight(self, weight, bias, stream)
                 return output
 
@@ -387,6 +398,7 @@ def quantized_operations(
                 if return_weight:
                     return made
                 if inplace_update:
+                    self.stretto_kept = None  # a copy of what was before comes back in place too, unseen
                     self.weight.data.copy_(made)
                 else:
                     self.weight = torch.nn.Parameter(made, requires_grad=False)

@@ -5,6 +5,8 @@ layer moves, pins, is backed up and restored as a whole, whoever does it.
 """
 
 import json
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +83,9 @@ def _split(state: LayerState, arena: torch.Tensor) -> tuple[Packed, torch.Tensor
     return packed, factors[: rank * columns].view(rank, columns), factors[rank * columns :].view(rows, rank)
 
 
-def arena_linear(state: LayerState, x: torch.Tensor, arena: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def arena_linear(
+    state: LayerState, x: torch.Tensor, arena: torch.Tensor, bias: torch.Tensor | None, kept: "Kept | None" = None
+) -> torch.Tensor:
     """Return the layer's output, [..., N] in the dtype of ``x``.
 
     Args:
@@ -89,16 +93,23 @@ def arena_linear(state: LayerState, x: torch.Tensor, arena: torch.Tensor, bias: 
         x: [..., K].
         arena: uint8, on the device of ``x``.
         bias: [N] or None.
+        kept: what was decoded in an earlier call with the same arena, where there is room for it.
     """
     packed, down, up = _split(state, arena)
-    output = _product(state, x, packed, bias)
+    output = _product(state, x, packed, bias, (lambda make: kept(arena, x.dtype, make)) if kept else lambda make: make())
     if down is None:
         return output
     branch = torch.nn.functional.linear(torch.nn.functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
     return output.add_(branch)
 
 
-def _product(state: LayerState, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+def _product(
+    state: LayerState,
+    x: torch.Tensor,
+    packed: Packed,
+    bias: torch.Tensor | None,
+    keep: Callable[[Callable[[], torch.Tensor]], torch.Tensor],
+) -> torch.Tensor:
     layout = state.layout
     if not state.full_precision:
         if isinstance(layout, Int8Rows):
@@ -106,11 +117,56 @@ def _product(state: LayerState, x: torch.Tensor, packed: Packed, bias: torch.Ten
                 x, packed.parts["weight"], packed.parts["weight_scale"], bias, layout.rotation
             )
         if isinstance(layout, Grid):
-            codes = layout.int8(packed.parts)
+            codes = keep(lambda: layout.int8(packed.parts))
             return quantized_linear.int8_linear(x, codes, packed.parts["weight_s_channel"], bias, layout.rotation)
         if isinstance(layout, Fp8) and quantized_linear.why_not_fp8(x, packed.parts["weight"]) is None:
             return quantized_linear.fp8_linear(x, packed.parts["weight"], packed.parts["weight_scale"], bias)
-    return quantized_linear.dequantized_linear(x, packed.dequantize(), bias)
+    return quantized_linear.dequantized_linear(x, keep(lambda: packed.dequantize().to(x.dtype)), bias)
+
+
+class Room:
+    """Bytes that decoded weights of a model may take together. Who comes first has them: a run goes through the layers in the
+    same order in every step, so putting the oldest out for the newest would find nothing again."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.free = nbytes
+
+    def take(self, nbytes: int) -> bool:
+        """Whether there is room; it is taken then."""
+        if nbytes > self.free:
+            return False
+        self.free -= nbytes
+        return True
+
+
+class Kept:
+    """The decoded weight of one layer, as long as its arena is the same tensor."""
+
+    def __init__(self, room: Room) -> None:
+        self._room, self._decoded = room, None
+        self._arena: weakref.ref[torch.Tensor] | None = None
+
+    def __call__(self, arena: torch.Tensor, dtype: torch.dtype, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return the decoded weight; ``make`` makes it where it is not kept.
+
+        Args:
+            arena: what it is decoded from.
+            dtype: of the activation it is decoded for.
+            make: decodes.
+        """
+        if self._arena is not None and self._arena() is arena and self._dtype == dtype:
+            return self._decoded
+        self.drop()
+        decoded = make()
+        if self._room.take(decoded.nbytes):
+            self._arena, self._dtype, self._decoded = weakref.ref(arena), dtype, decoded
+        return decoded
+
+    def drop(self) -> None:
+        """Forget it."""
+        if self._decoded is not None:
+            self._room.free += self._decoded.nbytes
+        self._arena = self._decoded = None
 
 
 def dequantize_arena(state: LayerState, arena: torch.Tensor) -> torch.Tensor:

@@ -85,12 +85,13 @@ def int8_linear(
     step = max(CHUNK // max(weight.shape[0], 1), 32)
     for start in range(0, flat.shape[0], step):
         codes, rows = rotate_quantize(flat[start : start + step], rotation, pre_scale)
-        product, place = _int_mm(codes, weight), y[start : start + step]
+        product = _int_mm(codes, weight)
         # On a processor a few rows at a time, so that what is between two operations stays in the caches.
-        small = max(_SMALL // weight.shape[0], 1) if x.device.type == "cpu" else max(place.shape[0], 1)
-        for sums, scales, out in zip(product.split(small), rows.split(small), place.split(small)):
-            part = sums.float().mul_(scales)
-            out.copy_(part.mul_(columns) if bias is None else torch.addcmul(bias, part, columns))
+        small = max(_SMALL // weight.shape[0], 1) if x.device.type == "cpu" else step
+        for at in range(0, product.shape[0], small):
+            part = product[at : at + small].float().mul_(rows[at : at + small])
+            part = part.mul_(columns) if bias is None else torch.addcmul(bias, part, columns)
+            y[start + at : start + at + part.shape[0]] = part
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -326,6 +326,40 @@ def test_t13_loras_on_offloaded_layers_are_exact(made):
     layer.weight_function = []
 
 
+@pytest.mark.parametrize("form", ["w4a8", "fp8"])
+def test_decoded_weights_are_kept_within_their_room_and_change_nothing(made, sample, form, monkeypatch):
+    """A processor decodes each weight once; beyond the room, in every step; never a weight that has changed."""
+    decodings = []
+    layout = type(fitting(form, 256, 256))
+    for name in ("int8", "decode"):
+        if hasattr(layout, name):
+            original = getattr(layout, name)
+            monkeypatch.setattr(layout, name, lambda *a, original=original: decodings.append(1) or original(*a))
+
+    def run(keep):
+        model, report = host.load_diffusion_model(str(made(form)), loader=host.STRETTO, keep=keep)
+        decodings.clear()
+        return sample(model, steps=3), len(decodings), model, report
+
+    none, always, _, plain = run(0)
+    everything, once, model, report = run(1 << 30)
+    assert torch.equal(none, everything) and always == 3 * once and once == 29
+    assert "kept" in report.text() and "kept" not in plain.text()
+    layers = [m for m in model.model.diffusion_model.modules() if getattr(m, "stretto_state", None)]
+    sizes = [m.stretto_kept._decoded.nbytes for m in layers]
+    some, between, small, _ = run(sum(sizes) // 2)
+    assert torch.equal(some, none) and once < between < always
+    assert small.model.diffusion_model.get_submodule(LAYER).stretto_kept._room.free >= 0
+
+    patched = model.clone()
+    patched.add_patches(lora(patched)[0])
+    changed = sample(patched, steps=3)
+    fresh, _ = host.load_diffusion_model(str(made(form)), loader=host.STRETTO, keep=0)
+    fresh.add_patches(lora(fresh)[0])
+    assert torch.equal(changed, sample(fresh, steps=3)) and not torch.equal(changed, none)
+    assert torch.equal(sample(model, steps=3), none)
+
+
 def test_a_saved_model_is_a_complete_file(made, tmp_path, sample):
     model, _ = host.load_diffusion_model(str(made("w6a8")))
     tensors = {name: tensor.contiguous().clone() for name, tensor in model.model.diffusion_model.state_dict().items()}
