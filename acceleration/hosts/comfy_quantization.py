@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +19,7 @@ import comfy.model_management
 import comfy.ops
 import comfy.sd
 import comfy.utils
+import folder_paths
 import torch
 
 from ...kernels import quantized_linear
@@ -305,8 +307,15 @@ def _kernels(packed: Mapping[str, tuple[Packed, bool]], keep: int) -> dict[str, 
         else:
             reason = quantized_linear.why_not_int8(sample, sample.to(torch.int8))
             product = "int8 product (torch._int_mm)" if reason is None else f"reference product ({reason})"
+            if device.type == "cuda":
+                product = f"int8 product, the fastest for each shape of {', '.join(_ways(device))}"
             words[layout.name] = product if isinstance(layout, Int8Rows) else f"decoded to int8, then {product}{once}"
     return words
+
+
+def _ways(device: torch.device) -> list[str]:
+    x = torch.zeros(32, 256, device=device, dtype=torch.bfloat16)
+    return list(quantized_linear.int8_ways(x, torch.zeros_like(x, dtype=torch.int8), x.new_ones(1), None, 256, None, None))
 
 
 def quantized_operations(
@@ -324,6 +333,7 @@ def quantized_operations(
         keep: bytes of decoded weights that are kept from step to step on a processor.
     """
     room = Room(keep)
+    choices = quantized_linear.Choices(Path(folder_paths.get_user_directory()) / "stretto")
 
     class QuantizedOperations(comfy.ops.manual_cast):
         class Linear(comfy.ops.manual_cast.Linear):
@@ -374,7 +384,7 @@ def quantized_operations(
                     output = quantized_linear.dequantized_linear(input, weight, bias)
                 else:
                     kept = self.stretto_kept if weight is self.weight and not weight.is_cuda else None
-                    output = arena_linear(self.stretto_state, input, weight, bias, kept)
+                    output = arena_linear(self.stretto_state, input, weight, bias, kept, choices)
                 comfy.ops.uncast_bias_weight(self, weight, bias, stream)
                 return output
 

@@ -84,7 +84,12 @@ def _split(state: LayerState, arena: torch.Tensor) -> tuple[Packed, torch.Tensor
 
 
 def arena_linear(
-    state: LayerState, x: torch.Tensor, arena: torch.Tensor, bias: torch.Tensor | None, kept: "Kept | None" = None
+    state: LayerState,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    bias: torch.Tensor | None,
+    kept: "Kept | None" = None,
+    choices: quantized_linear.Choices | None = None,
 ) -> torch.Tensor:
     """Return the layer's output, [..., N] in the dtype of ``x``.
 
@@ -94,34 +99,30 @@ def arena_linear(
         arena: uint8, on the device of ``x``.
         bias: [N] or None.
         kept: what was decoded in an earlier call with the same arena, where there is room for it.
+        choices: which integer product is fastest.
     """
     packed, down, up = _split(state, arena)
-    output = _product(state, x, packed, bias, (lambda make: kept(arena, x.dtype, make)) if kept else lambda make: make())
+    layout, parts = state.layout, packed.parts
+
+    def decoded(make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return make() if kept is None else kept(arena, x.dtype, make)
+
+    if isinstance(layout, Int8Rows | Grid) and not state.full_precision:
+        if isinstance(layout, Int8Rows):
+            codes, scale = parts["weight"], parts["weight_scale"]
+        else:
+            codes, scale = decoded(lambda: layout.int8(parts)), parts["weight_s_channel"]
+        branch = None if down is None else (down, up)
+        return quantized_linear.int8_linear(x, codes, scale, bias, layout.rotation, None, branch, choices)
+    fp8 = isinstance(layout, Fp8) and not state.full_precision
+    if fp8 and quantized_linear.why_not_fp8(x, parts["weight"]) is None:
+        output = quantized_linear.fp8_linear(x, parts["weight"], parts["weight_scale"], bias)
+    else:
+        output = quantized_linear.dequantized_linear(x, decoded(lambda: packed.dequantize().to(x.dtype)), bias)
     if down is None:
         return output
     branch = torch.nn.functional.linear(torch.nn.functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
     return output.add_(branch)
-
-
-def _product(
-    state: LayerState,
-    x: torch.Tensor,
-    packed: Packed,
-    bias: torch.Tensor | None,
-    keep: Callable[[Callable[[], torch.Tensor]], torch.Tensor],
-) -> torch.Tensor:
-    layout = state.layout
-    if not state.full_precision:
-        if isinstance(layout, Int8Rows):
-            return quantized_linear.int8_linear(
-                x, packed.parts["weight"], packed.parts["weight_scale"], bias, layout.rotation
-            )
-        if isinstance(layout, Grid):
-            codes = keep(lambda: layout.int8(packed.parts))
-            return quantized_linear.int8_linear(x, codes, packed.parts["weight_s_channel"], bias, layout.rotation)
-        if isinstance(layout, Fp8) and quantized_linear.why_not_fp8(x, packed.parts["weight"]) is None:
-            return quantized_linear.fp8_linear(x, packed.parts["weight"], packed.parts["weight_scale"], bias)
-    return quantized_linear.dequantized_linear(x, keep(lambda: packed.dequantize().to(x.dtype)), bias)
 
 
 class Room:

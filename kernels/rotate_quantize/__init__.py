@@ -1,13 +1,42 @@
 """Rotation of rows by a block-diagonal Hadamard matrix, and rounding of rows to int8."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 
 from . import reference
 from .reference import LIMIT, MIN_SCALE, SIZES, hadamard, quantize_rows
 
-__all__ = ["LIMIT", "MIN_SCALE", "SIZES", "hadamard", "quantize_rows", "rotate", "rotate_quantize", "why_not_bf16"]
+__all__ = [
+    "CONSTRAINTS", "LIMIT", "MIN_SCALE", "SIZES", "hadamard", "quantize_rows", "rotate", "rotate_quantize", "why_not_bf16",
+    "why_not_triton",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What the Triton kernel needs of its inputs: a check of (input, rotation), and the words for when it fails."""
+
+    holds: Callable[[torch.Tensor, int], bool]
+    otherwise: str
+
+
+CONSTRAINTS = (
+    Constraint(lambda x, size: x.is_cuda, "the input is not on a CUDA device"),
+    Constraint(
+        lambda x, size: x.dtype in (torch.bfloat16, torch.float16, torch.float32), "the input is no 16- or 32-bit float"
+    ),
+    Constraint(lambda x, size: size in (0, 16, 64, 256), "the rotation is none of 16, 64 and 256"),
+    Constraint(lambda x, size: not size or x.shape[-1] % size == 0, "the rotation does not divide the channels"),
+    Constraint(lambda x, size: 0 < x.shape[-1] <= 16384, "rows of more than 16,384 channels do not fit a program"),
+    Constraint(lambda x, size: x.numel() > 0, "the input is empty"),
+    Constraint(lambda x, size: x.is_contiguous(), "the input is not contiguous"),
+    Constraint(lambda x, size: not (torch.is_grad_enabled() and x.requires_grad), "the input wants a gradient"),
+    Constraint(lambda x, size: find_spec("triton") is not None, "Triton is not installed"),
+)
 
 #: Blocks rotated at a time: what the caches of a core hold.
 _PIECE = 512
@@ -46,6 +75,12 @@ def why_not_bf16(x: torch.Tensor, size: int) -> str | None:
     return None if _multiplies_bf16() else "this processor has no bf16 products"
 
 
+def why_not_triton(x: torch.Tensor, size: int) -> str | None:
+    """Return why :func:`rotate_quantize` does not use its Triton kernel for ``x``, or None."""
+    broken = next((constraint.otherwise for constraint in CONSTRAINTS if not constraint.holds(x, size)), None)
+    return broken or _triton_trial(x.device)
+
+
 def rotate_quantize(
     x: torch.Tensor, size: int = 0, pre_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,6 +97,10 @@ def rotate_quantize(
     Returns:
         int8 [..., K] and fp32 [..., 1].
     """
+    if why_not_triton(x, size) is None:
+        from .triton_kernel import rotate_quantize as kernel  # only here: Triton takes its time, and may be missing
+
+        return kernel(x, size, pre_scale)
     if x.device.type != "cpu":
         return reference.rotate_quantize(x, size, pre_scale)
     flat = x.reshape(-1, x.shape[-1])
@@ -83,6 +122,21 @@ def _piece(x: torch.Tensor, size: int, pre_scale: torch.Tensor | None) -> tuple[
         return quantize_rows(rotate(x, size))
     rotated = x.reshape(-1, size) @ hadamard(size, x.device).to(torch.bfloat16)
     return quantize_rows(rotated.view(x.shape))
+
+
+@cache
+def _triton_trial(device: torch.device) -> str | None:
+    """Run the kernel once on ``device`` and return why it cannot be used there, or None."""
+    x = torch.linspace(-3, 5, 512).view(2, 256)
+    right, scale = reference.rotate_quantize(x, 256)
+    try:
+        from .triton_kernel import rotate_quantize as kernel
+
+        codes, scales = kernel(x.to(device), 256)
+    except Exception as error:  # a missing compiler, driver or architecture shows as almost any error
+        return f"Triton does not run here ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
+    near = int((codes.cpu().int() - right.int()).abs().max()) <= 1 and torch.allclose(scales.cpu(), scale, rtol=1e-5)
+    return None if near else "Triton rotates or rounds wrongly here"
 
 
 @cache

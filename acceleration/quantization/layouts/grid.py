@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ....kernels.quantized_linear import decode_grid
 from ....kernels.rotate_quantize import LIMIT, rotate
 from ..packing import pack, row_bytes, unpack
 from .base import PIECE, Layout, Part
@@ -119,8 +120,11 @@ class Grid(Layout):
     def int8(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the rotated weight on the int8 grid, [n, K]; times ``weight_s_channel`` it is the weight."""
         rows, groups = parts["weight_s_rel"].shape
-        step = max(PIECE // max(groups * self.group, 1), 1) if parts["weight"].device.type == "cpu" else max(rows, 1)
         table = parts["weight_codebook"].float() if self.has_table else None
+        decoded = decode_grid(parts["weight"], parts["weight_s_rel"], table, self.group, self.bits)
+        if decoded is not None:
+            return decoded
+        step = max(PIECE // max(groups * self.group, 1), 1) if parts["weight"].device.type == "cpu" else max(rows, 1)
         pieces = [
             self._int8(parts["weight"][at : at + step], parts["weight_s_rel"][at : at + step], table)
             for at in range(0, rows, step)
