@@ -135,6 +135,7 @@ examples:
   python cli.py quantize flux1-dev.safetensors small.safetensors --format w4a8 --safe
   python cli.py quantize wan2.2/transformer/ wan.safetensors                sharded, with diffusers' names
   python cli.py quantize big.safetensors --format mixed --budget 9GB        as good as 9 GB allow
+  python cli.py quantize flux1-dev.safetensors --format w4a8 --statistics run.safetensors --balance
   python cli.py quantize big.safetensors --dry-run --list                   what would be done, layer by layer
 """
 
@@ -195,6 +196,17 @@ def _add_target(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--sensitivity", type=Path, metavar="FILE", help="for mixed: measured sensitivities of the layers"
+    )
+    command.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="what the node Stretto Quantization Statistics recorded: inputs per channel, and losses for mixed",
+    )
+    command.add_argument(
+        "--balance",
+        action="store_true",
+        help="with --statistics: fold factors per channel where that is exact (ViDiT-Q). Such files need this pack's loader",
     )
     command.add_argument(
         "--by-group", action="store_true", help="for mixed: judge attention and MLP layers apart (ViDiT-Q)"

@@ -15,6 +15,7 @@ from .load_attention_weights import StrettoLoadAttentionWeights
 from .load_quantized import StrettoLoadDiffusionModel, StrettoLoadTextEncoder
 from .measure import StrettoMeasure
 from .profile import StrettoProfile
+from .quantize import StrettoQuantizationStatistics, StrettoQuantize
 from .report import StrettoReport
 from .resolution import StrettoProgressiveResolution, StrettoProgressiveSampler, StrettoSpectrum
 from .routes import register_routes
@@ -55,6 +56,8 @@ class StrettoExtension(ComfyExtension):
             StrettoAttentionSearch,
             StrettoLoadDiffusionModel,
             StrettoLoadTextEncoder,
+            StrettoQuantizationStatistics,
+            StrettoQuantize,
             StrettoGuidanceSaver,
             StrettoProgressiveResolution,
             StrettoProgressiveSampler,

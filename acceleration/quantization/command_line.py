@@ -1,32 +1,35 @@
 """What the command line does with checkpoints; `cli.py` has the arguments and the printing."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import StrettoError
 from .inspecting import inspect, verify
 from .layouts import Layout
-from .quantizing import Plan, Progress, Result, plan_file, write_file
-from .recipes import load_recipe, preset_for
-from .sensitivity import estimate, load_cells, mixed_recipe
-
-Say = Callable[[str], None]
-#: Formats that mixed precision chooses from, in order of bytes.
-MIXED = ("w4a8", "w6a8", "int8")
+from .planning import Say, Wishes, plan_wishes
+from .quantizing import Plan, Progress, Result, write_file
+from .recipes import load_recipe
+from .sensitivity import load_cells
+from .statistics import load_statistics
 
 
 def run_quantize(args: argparse.Namespace, say: Say, progress: Progress) -> int:
     """Handle `quantize` and `transcode`."""
-    transcode = args.command == "transcode"
-    recipe = load_recipe(args.recipe) if args.recipe else None
-    plan = plan_file(
-        args.source, recipe, format=None if args.format == "mixed" else args.format, keep=args.keep, safe=args.safe,
-        transcode=transcode, assume_rotation=getattr(args, "assume_rotation", None),
-    )  # fmt: skip
+    wishes = Wishes(
+        args.source,
+        load_recipe(args.recipe) if args.recipe else None,
+        args.format,
+        args.keep,
+        args.safe,
+        transcode=args.command == "transcode",
+        assume_rotation=getattr(args, "assume_rotation", None),
+        budget=args.budget,
+        cells=load_cells(args.sensitivity) if args.sensitivity else None,
+        by_group=args.by_group,
+        statistics=load_statistics(args.statistics) if args.statistics else None,
+        balance=args.balance,
+    )
+    plan = plan_wishes(wishes, say)
     with plan.checkpoint:
-        if args.format == "mixed":
-            plan = _mixed(plan, args, say)
         _say_plan(plan, args, say)
         if args.dry_run:
             return 0
@@ -40,41 +43,6 @@ def run_quantize(args: argparse.Namespace, say: Say, progress: Progress) -> int:
         )
     _say_result(plan, result, say)
     return 0
-
-
-def _mixed(plan: Plan, args: argparse.Namespace, say: Say) -> Plan:
-    if args.budget is None:
-        raise StrettoError("format mixed needs --budget, the size of the quantized file, for example --budget 8GB")
-    if plan.architecture is None:
-        raise StrettoError("format mixed needs an architecture that this release knows")
-    quantized = {layer: choice.shape for layer, choice in plan.quantized.items()}
-    fixed = plan.nbytes() - sum(choice.layout.nbytes(*choice.shape) for choice in plan.quantized.values())
-    if args.sensitivity:
-        cells = [cell for cell in load_cells(args.sensitivity) if cell.layer in quantized]
-        say(f"sensitivity: {args.sensitivity}, {len({cell.layer for cell in cells})} layers")
-    else:
-        say("sensitivity: estimated from the weights; a measured file (--sensitivity) is better")
-        cells = estimate(plan, MIXED)
-    missing = sum(
-        plan.quantized[layer].layout.nbytes(*shape)
-        for layer, shape in quantized.items()
-        if layer not in {c.layer for c in cells}
-    )
-    base = load_recipe(args.recipe) if args.recipe else preset_for(plan.architecture)
-    recipe = mixed_recipe(
-        base.changed(keep=args.keep, safe=args.safe),
-        plan.architecture,
-        quantized,
-        cells,
-        args.budget - fixed - missing,
-        args.by_group,
-    )
-    return plan_file(
-        plan.checkpoint,
-        recipe,
-        transcode=args.command == "transcode",
-        assume_rotation=getattr(args, "assume_rotation", None),
-    )
 
 
 def _say_plan(plan: Plan, args: argparse.Namespace, say: Say) -> None:

@@ -163,12 +163,12 @@ def load_cells(path: str | Path) -> list[Cell]:
         raise StrettoError(f"{path}: no sensitivity file (it has no field `sensitivity`)")
     if document["sensitivity"] != VERSION:
         raise SchemaError(f"{path}: sensitivity is {document['sensitivity']!r:.40}; this release reads {VERSION}")
-    cells = []
-    for row in document.get("cells", []):
-        fine = isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and isinstance(row[1], str)
-        if not fine or not isinstance(row[2], int) or not isinstance(row[3], int | float) or not row[3] >= 0:
-            raise StrettoError(
-                f"{path}: a cell is {str(row)[:80]}; expected layer, format, range and a loss of at least 0"
-            )
-        cells.append(Cell(row[0], row[1], row[2], float(row[3])))
-    return cells
+    return [cell_of(str(path), row) for row in document.get("cells", [])]
+
+
+def cell_of(path: str, row: Any) -> Cell:
+    """Return the cell that a row of a file holds (StrettoError)."""
+    fine = isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and isinstance(row[1], str)
+    if not fine or not isinstance(row[2], int) or not isinstance(row[3], int | float) or not row[3] >= 0:
+        raise StrettoError(f"{path}: a cell is {str(row)[:80]}; expected layer, format, range and a loss of at least 0")
+    return Cell(row[0], row[1], row[2], float(row[3]))
