@@ -1,19 +1,24 @@
-"""Quantized formats on the demo image model: size, quality and time, mixed precision against uniform, and the writer's speed.
+"""Quantized formats on the demo image model: size, quality, time; mixed precision against uniform; products; the writer's speed.
 
-    python benchmarks/quantization.py [--comfyui .comfyui] [--prompts 8] [--steps 20] [--out benchmarks/results/quantization.json]
+    python benchmarks/quantization.py [--comfyui .comfyui] [--prompts 8] [--steps 20] [--parts quality products writer]
+    python benchmarks/quantization.py --parts products          on a GPU: the table of products at FLUX's and Wan's shapes
 
 Pictures are compared with those of the 16-bit file, same seed, decoded by the demo autoencoder: PSNR over all pictures, and
 that of the worst one. Ten random low-rank changes stand for LoRAs, in both modes, against the same changes of the 16-bit model.
 Seconds are of one sampling run with one thread, processor time, so that other work on the machine does not count.
 
+Products are whole linear layers, quantizing the activation included, against the same in bf16.
+
 Goals: int8 (W8A8) at least 35 dB, w6a8 28, w4a8 20; mixed precision better than uniform at equal bytes; the writer at least
-100 MB/s on two cores.
+100 MB/s on two cores in less than 1 GB; on a GPU products at least 1.45 times as fast as bf16.
 """
 
 import argparse
 import json
 import os
 import platform
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +30,13 @@ MODELS = ROOT / "demo" / "models"
 SOURCE = MODELS / "diffusion_models" / "stretto-demo-image.safetensors"
 GOALS = {"int8": 35.0, "w6a8": 28.0, "w4a8": 20.0}
 FORMATS = ("int8", "fp8", "fp8_rows", "w6a8", "w4a8", "w4a16")
+PARTS = ("quality", "products", "writer")
 GUIDANCE, SEED, RANK, LORA_SCALE = 5.0, 7, 4, 0.02
+#: (rows, input, output channels): FLUX at 1024 x 1024, Wan 14B at 480p and 720p, a text encoder.
+GPU_SHAPES = (
+    (4608, 3072, 12288), (4608, 3072, 9216), (32760, 5120, 5120), (32760, 5120, 13824), (75600, 5120, 5120), (512, 4096, 10240),
+)  # fmt: skip
+CPU_SHAPES = ((256, 1536, 1536), (1024, 1024, 4096), (1024, 3072, 3072))
 #: Runs that sensitivities are measured on; none of these prompts is compared.
 CALIBRATION_STEPS = 10
 CALIBRATION = (
@@ -222,35 +233,147 @@ def mixed(studio: Studio, reference, folder: Path) -> list[dict]:
     return rows
 
 
-def writer_speed(folder: Path) -> list[dict]:
-    """Quantize 256 MB of random bf16 weights; MB/s of processor time and of the clock."""
-    import torch
-    from safetensors.torch import save_file
+def balanced(studio: Studio, reference, folder: Path) -> list[dict]:
+    """Compare 4-bit files with and without factors per channel that are folded in (ViDiT-Q); statistics of one other prompt."""
+    import comfy.sd
 
-    from stretto.acceleration.quantization.quantizing import plan_file, write_file
-    from stretto.acceleration.quantization.recipes import Recipe, Rule
+    from stretto.acceleration.hosts.comfy_quantization_statistics import record_statistics
+    from stretto.acceleration.quantization.planning import Wishes, plan_wishes
+    from stretto.acceleration.quantization.quantizing import write_file
 
-    generator = torch.Generator().manual_seed(0)
-    path = folder / "big.safetensors"
-    save_file(
-        {f"layer{i}.weight": (torch.randn(4096, 4096, generator=generator) * 0.02).bfloat16() for i in range(8)}, path
-    )
-    rows = []
-    for form in ("int8", "fp8", "w6a8", "w4a8"):
-        plan = plan_file(path, Recipe(rules=(Rule("layer", form),)))
-        wall, processor = time.perf_counter(), time.process_time()
+    job = studio.job(comfy.sd.load_diffusion_model(str(SOURCE)), CALIBRATION[0], 100)
+    found, rows = record_statistics(job, False, 1), []
+    for form in ("int8", "w4a8"):
+        plan = plan_wishes(Wishes(SOURCE, format=form, statistics=found, balance=True))
         with plan.checkpoint:
-            write_file(plan, folder / "out.safetensors", replace=True, workers=2)
-        wall, processor = time.perf_counter() - wall, time.process_time() - processor
-        size = path.stat().st_size / 1e6
-        rows.append(
-            {
-                "format": form,
-                "mb_per_s_wall": round(size / wall, 1),
-                "mb_per_s_two_cores": round(2 * size / processor, 1),
-            }
-        )
+            size = write_file(plan, folder / "balanced.safetensors", replace=True, workers=1).nbytes
+        pictures, _ = studio(load(folder / "balanced.safetensors"))
+        rows.append({"format": form, "bytes": size, **quality(pictures, reference)})
+        print(f"balanced {form}: {rows[-1]}", flush=True)
     return rows
+
+
+#: Run in a process of its own, whose peak memory is then that of the writer.
+WRITE = """
+import json, resource, sys, time
+sys.path.insert(0, {root!r})
+from load_pack import load_pack
+load_pack()
+import torch
+torch.set_num_threads(1)
+from stretto.acceleration.quantization.quantizing import plan_file, write_file
+from stretto.acceleration.quantization.recipes import Recipe, Rule
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+plan = plan_file({source!r}, Recipe(rules=(Rule("layer", {form!r}),)))
+wall, processor = time.perf_counter(), time.process_time()
+with plan.checkpoint:
+    write_file(plan, {target!r}, replace=True, workers=2)
+wall, processor = time.perf_counter() - wall, time.process_time() - processor
+print(json.dumps([plan.checkpoint.nbytes / 1e6, wall, processor,
+                  (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024]))
+"""
+MEMORY_LIMIT = 1024
+
+
+def writer_speed(folder: Path) -> list[dict]:
+    """Quantize 2 GB of random bf16 weights: MB/s by the clock and of processor time, MB of memory beyond the interpreter's."""
+    import torch
+
+    from stretto.acceleration.quantization.writer import Spec, StreamWriter
+
+    path, side, layers = folder / "big.safetensors", 8192, 15
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randn(side // 8, side, generator=generator) * 0.02).bfloat16()
+    with StreamWriter(path, [Spec(f"layer{i}.weight", rows.dtype, (side, side)) for i in range(layers)], {}) as writer:
+        for i in range(layers):
+            for start in range(0, side, rows.shape[0]):
+                writer.write(f"layer{i}.weight", rows, start)
+    found = []
+    for form in ("int8", "fp8", "w6a8", "w4a8"):
+        code = WRITE.format(root=str(ROOT), source=str(path), target=str(folder / "out.safetensors"), form=form)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        size, wall, processor, memory = json.loads(done.stdout)
+        if memory > MEMORY_LIMIT:
+            raise SystemExit(f"writer {form}: {memory:.0f} MB of memory; {MEMORY_LIMIT} are allowed")
+        row = {
+            "format": form, "source_mb": round(size, 1), "mb_per_s_wall": round(size / wall, 1),
+            "mb_per_s_two_cores": round(2 * size / processor, 1), "memory_mb": round(memory, 1),
+        }  # fmt: skip
+        found.append(row)
+        print(
+            f"writer {form:6s} {row['mb_per_s_wall']:.0f} MB/s by the clock, {row['mb_per_s_two_cores']:.0f} of two cores' time, "
+            f"{memory:.0f} MB of memory",
+            flush=True,
+        )
+    return found
+
+
+def products(device: str, shapes: tuple[tuple[int, int, int], ...], repeats: int) -> list[dict]:
+    """Time whole linear layers, quantizing the activation included: 16 bit, and each format by each product that runs here."""
+    import torch
+
+    from stretto.acceleration.quantization.layouts import fitting
+    from stretto.kernels import quantized_linear
+
+    cuda, rows = device == "cuda", []
+
+    def seconds(ways: dict) -> dict[str, float]:
+        """Interleaved, so that a change of the machine's clock meets all of them; median of the rounds."""
+        found = {name: [] for name in ways}
+        for turn in range(repeats + 1):
+            for name, way in ways.items():
+                if cuda:
+                    torch.cuda.synchronize()
+                start = time.perf_counter() if cuda else time.process_time()
+                way()
+                if cuda:
+                    torch.cuda.synchronize()
+                if turn:
+                    found[name].append((time.perf_counter() if cuda else time.process_time()) - start)
+        return {name: statistics.median(values) for name, values in found.items()}
+
+    for m, k, n in shapes:
+        x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
+        weight = (torch.randn(n, k, device=device) * 0.02).bfloat16()
+        bias = torch.zeros(n, device=device)
+        packed = {form: fitting(form, n, k).quantize(weight) for form in ("int8", "w4a8", "fp8_rows")}
+        ways = {"16 bit": lambda x=x, w=weight, b=bias: torch.nn.functional.linear(x, w, b.bfloat16())}
+        codes = packed["int8"].parts
+        for name, way in quantized_linear.int8_ways(
+            x, codes["weight"], codes["weight_scale"], bias, packed["int8"].layout.rotation, None, None
+        ).items():
+            ways[f"int8, {name}"] = way
+        grid = packed["w4a8"]
+        ways["w4a8, decoded each time"] = lambda g=grid, x=x, b=bias: quantized_linear.int8_linear(
+            x, g.layout.int8(g.parts), g.parts["weight_s_channel"], b, g.layout.rotation
+        )
+        fp8 = packed["fp8_rows"].parts
+        if quantized_linear.why_not_fp8(x, fp8["weight"]) is None:
+            ways["fp8, torch._scaled_mm"] = lambda p=fp8, x=x, b=bias: quantized_linear.fp8_linear(
+                x, p["weight"], p["weight_scale"], b
+            )
+        with torch.inference_mode():
+            took = seconds(ways)
+        row = {"m": m, "k": k, "n": n, "ms": {name: round(1e3 * value, 3) for name, value in took.items()}}
+        row["times_16_bit"] = {name: round(took["16 bit"] / value, 2) for name, value in took.items()}
+        rows.append(row)
+        print(f"{m} x {k} x {n}: " + ", ".join(
+            f"{name} {row['ms'][name]:.2f} ms ({row['times_16_bit'][name]:.2f}x)" for name in took), flush=True)  # fmt: skip
+    return rows
+
+
+def gemm() -> dict:
+    """The table of products at the shapes of FLUX, Wan and a text encoder on a GPU; small ones on this processor otherwise."""
+    import torch
+
+    result: dict = {"cpu": products("cpu", CPU_SHAPES, 5)}
+    if torch.cuda.is_available():
+        result["gpu"] = products("cuda", GPU_SHAPES, 20)
+        result["gpu_name"] = torch.cuda.get_device_name()
+    else:
+        result["gpu"], result["skipped"] = [], "torch finds no CUDA device here"
+        print("table of products on a GPU: skipped, torch finds no CUDA device here", flush=True)
+    return result
 
 
 def run(prompts: int, steps: int) -> dict:
@@ -300,12 +423,7 @@ def run(prompts: int, steps: int) -> dict:
             print(f"mixed {row['mixed_bytes'] / 1e6:.2f} MB {row['mixed_quality']} against "
                 f"{row['uniform']} {row['uniform_bytes'] / 1e6:.2f} MB "
                   f"{row['uniform_quality']}; {row['layers']}, by group: {row['by_group']}", flush=True)  # fmt: skip
-        result["writer"] = writer_speed(folder)
-        for row in result["writer"]:
-            print(
-                f"writer {row['format']:6s} {row['mb_per_s_two_cores']:.0f} MB/s of two cores' time, "
-                f"{row['mb_per_s_wall']:.0f} by the clock"
-            )
+        result["balanced"] = balanced(studio, reference, folder)
     return result
 
 
@@ -316,11 +434,21 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quantization.json")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; other parts of the file stay"
+    )
     args = parser.parse_args()
     prepare(args.comfyui.resolve())
-    result = run(args.prompts, args.steps)
     import torch
 
+    before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
+    result = run(args.prompts, args.steps) if "quality" in args.parts else {}
+    if "products" in args.parts:
+        result["products"] = gemm()
+    if "writer" in args.parts:
+        with tempfile.TemporaryDirectory() as name:
+            result["writer"] = writer_speed(Path(name))
+    result = {**before, **result}
     result["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

@@ -1,7 +1,9 @@
 """Making quantized checkpoints from within ComfyUI."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ class StrettoQuantizationStatistics(io.ComfyNode):
         statistics = record_statistics(run.job, losses, steps, tick=tick)
         folder = Path(folder_paths.get_user_directory()) / "stretto" / "quantization"
         folder.mkdir(parents=True, exist_ok=True)
-        path = _free(folder, name)
+        path = next(path for path in _names(folder, name) if not path.exists())  # files of earlier runs stay
         statistics.save(path)
         lines = [f"{len(statistics.maxima)} layers recorded: {statistics.words}.", f"Saved as {path}."]
         if statistics.cells:
@@ -162,7 +164,7 @@ class StrettoQuantize(io.ComfyNode):
             raise StrettoError("Stretto Quantize: statistics come from Stretto Quantization Statistics")
         source = path_of("diffusion_models", model_name)
         suffix = f"{format}{f'-{budget:g}MB' if format == MIXED else ''}{'-balanced' if balance else ''}"
-        target = _folder() / f"{checked_name(name) if name.strip() else f'{Path(model_name).stem}-{suffix}'}.safetensors"
+        base = checked_name(name) if name.strip() else f"{Path(model_name).stem}-{suffix}"
         lines: list[str] = []
         wishes = Wishes(
             source,
@@ -176,8 +178,8 @@ class StrettoQuantize(io.ComfyNode):
         )
         plan = plan_wishes(wishes, lines.append)
         with plan.checkpoint:
+            target = _target(_folder(), base, plan, bool(name.strip()))
             if target.exists():
-                _require_same(target, plan)
                 lines.append(f"{target}: made earlier with the same settings")
             else:
                 lines += _words(plan, _write(plan, target))
@@ -214,24 +216,35 @@ def _words(plan: Plan, result: Result) -> list[str]:
     ]
 
 
-def _require_same(target: Path, plan: Plan) -> None:
-    """Refuse to take a file for what it is not (StrettoError); nothing of the user's is ever written over."""
-    with open_checkpoint(target) as there:
+def _target(folder: Path, base: str, plan: Plan, asked: bool) -> Path:
+    """The file that was made with this plan earlier, or a free name; nothing of the user's is ever written over.
+
+    Raises:
+        StrettoError: the name was asked for, and another file has it.
+    """
+    for path in _names(folder, base):
+        if not path.exists() or _same(path, plan):
+            return path
+        if asked:
+            raise StrettoError(f"{path}: exists already and was made otherwise; choose another name, or move it away")
+    raise AssertionError("numbers do not end")
+
+
+def _same(path: Path, plan: Plan) -> bool:
+    with open_checkpoint(path) as there:
         try:
             recipe = json.loads(there.metadata.get(RECIPE_KEY, "null"))
             source = json.loads(there.metadata.get(PROVENANCE_KEY, "{}"))
         except ValueError:
-            recipe, source = None, {}
+            return False
     paths = plan.checkpoint.paths
-    same = source.get("source") == [path.name for path in paths]
-    same = same and source.get("source_bytes") == sum(path.stat().st_size for path in paths)
-    if not same or recipe != plan.recipe.document():
-        raise StrettoError(f"{target}: exists already and was made otherwise; choose another name, or move it away")
+    same = source.get("source") == [each.name for each in paths]
+    same = same and source.get("source_bytes") == sum(each.stat().st_size for each in paths)
+    return same and recipe == plan.recipe.document()
 
 
-def _free(folder: Path, name: str) -> Path:
-    """A name that is not taken: files of earlier runs stay."""
-    path, number = folder / f"{name}.safetensors", 2
-    while path.exists():
-        path, number = folder / f"{name}-{number}.safetensors", number + 1
-    return path
+def _names(folder: Path, base: str) -> Iterator[Path]:
+    """``base``, then ``base-2`` and on."""
+    yield folder / f"{base}.safetensors"
+    for number in count(2):
+        yield folder / f"{base}-{number}.safetensors"

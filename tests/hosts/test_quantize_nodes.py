@@ -126,8 +126,10 @@ def test_the_node_makes_a_file_once_and_never_writes_over_one(job, folders):
     stamp = Path(path).stat().st_mtime_ns
     _, again, report = make()
     assert again == path and Path(path).stat().st_mtime_ns == stamp and "made earlier" in report
+    assert Path(make(keep_ends=True)[1]).name == "stretto-demo-image-w4a8-2.safetensors"
+    assert Path(make(keep_ends=True)[1]).name == "stretto-demo-image-w4a8-2.safetensors"
     with pytest.raises(StrettoError, match="made otherwise; choose another name"):
-        make(keep_ends=True)
+        make(keep_ends=True, name="stretto-demo-image-w4a8")
     with pytest.raises(StrettoError, match="mixed needs a budget above 0"):
         make(format="mixed")
     with pytest.raises(StrettoError, match="use 1 to 64 letters"):
