@@ -9,7 +9,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -54,7 +54,7 @@ from ..quantization.formats import (
 )
 from ..quantization.inspecting import rotation_problem
 from ..quantization.layouts import Awq, Fp8, Int8Rows, Packed
-from ..quantization.load_report import LoadReport, linear_share
+from ..quantization.load_report import LoadReport, linear_share, speed_words
 from ..quantization.quantizing import BLOCK, plan_file, rotation_checks
 from ..quantization.renaming import comfy_names
 
@@ -87,6 +87,7 @@ def load_diffusion_model(
         prepared = _prepare(checkpoint, format, loader, keep=keep)
         if prepared.core:
             return comfy.sd.load_diffusion_model(path), prepared.report
+        items = [item for item, full in prepared.packed.values() if not full]
         operations = quantized_operations(prepared.packed, lora, prepared.folds, keep)
         metadata = {key: value for key, value in checkpoint.metadata.items() if key != METADATA_KEY}
         model = comfy.sd.load_diffusion_model_state_dict(
@@ -97,8 +98,14 @@ def load_diffusion_model(
     _require_all_taken(path, prepared.packed)
     if hasattr(model, "cached_patcher_init"):  # newer ComfyUI makes further copies of a model by loading it again
         model.cached_patcher_init = (_load_again, (path, format, loader, lora, keep))
-    log.info("%s", prepared.report.text())
-    return model, prepared.report
+    words = speed_words(items, _computes_in(model), comfy.model_management.get_torch_device())
+    report = replace(prepared.report, notes=(*prepared.report.notes, *([words] if words else [])))
+    log.info("%s", report.text())
+    return model, report
+
+
+def _computes_in(model: Any) -> torch.dtype:
+    return getattr(model.model, "manual_cast_dtype", None) or model.model.get_dtype()
 
 
 def _load_again(path: str, format: str, loader: str, lora: str, keep: int, disable_dynamic: bool = False) -> Any:

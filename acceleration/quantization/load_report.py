@@ -1,8 +1,13 @@
 """What a loader says it did: format, products, sizes, and how much faster a step could become."""
 
-from collections.abc import Mapping
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from ...kernels import quantized_linear
 from .architectures import FREE, SELF_ATTENTION, Architecture
 from .files import Stored
 from .layouts import Fp8, Grid, Int8Rows, Packed
@@ -88,3 +93,48 @@ def linear_share(
     attention = sum(4 * tokens * width for width in blocks.values())
     total = sum(work.values()) + attention
     return (fast / total if total else None), tokens
+
+
+#: Rows that products are timed with, and the most weights of a layer that is.
+_ROWS, _WEIGHTS, _TURNS = 256, 1 << 23, 3
+
+
+def speed_words(items: Sequence[Packed], dtype: torch.dtype, device: torch.device) -> str:
+    """Time the int8 product of the largest layer against the plain one, and return what came out in words; empty without any.
+
+    Args:
+        items: weights of a model.
+        dtype: that the model computes in.
+        device: that it computes on.
+    """
+    items = [item for item in items if isinstance(item.layout, Int8Rows | Grid)]
+    if not items:
+        return ""
+    item = max(items, key=lambda each: each.shape[0] * each.shape[1])
+    columns = item.shape[1]
+    rows = min(item.shape[0], max(_WEIGHTS // columns, 16))
+    x = torch.randn(_ROWS, columns, device=device).to(dtype)
+    codes = torch.randint(-127, 128, (rows, columns), device=device).to(torch.int8)
+    scale, weight = torch.ones(rows, device=device), codes.to(dtype)
+    ours = _seconds(lambda: quantized_linear.int8_linear(x, codes, scale, None, item.layout.rotation), device)
+    plain = _seconds(lambda: torch.nn.functional.linear(x, weight), device)
+    where = f"{_ROWS} rows of {columns} to {rows} channels, in {str(dtype).removeprefix('torch.')}"
+    if ours <= plain:
+        return f"measured here: the int8 product is {plain / ours:.1f} times as fast as the plain one ({where})"
+    return (
+        f"measured here: the int8 product takes {ours / plain:.1f} times as long as the plain one ({where}), because rounding "
+        "the input costs more than the product saves; larger layers and more rows gain, and memory is saved in any case"
+    )
+
+
+def _seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+    times = []
+    with torch.inference_mode():
+        for turn in range(_TURNS + 1):
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                times.append(time.perf_counter() - start)
+    return statistics.median(times)

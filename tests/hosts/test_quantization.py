@@ -561,6 +561,7 @@ def test_the_nodes_load_what_comfyui_lists(made, monkeypatch):
     )
     output = StrettoLoadDiffusionModel.execute("here.safetensors", host.AS_IS, host.BRANCH, host.AUTOMATIC)
     assert "29 layers int8: int8 product (torch._int_mm)" in output.args[1]
+    assert "measured here: the int8 product" in output.args[1]
     with pytest.raises(StrettoError, match=r"'gone.safetensors' is in none of ComfyUI's diffusion_models folders"):
         StrettoLoadDiffusionModel.execute("gone.safetensors", host.AS_IS, host.BRANCH, host.AUTOMATIC)
     for node in (StrettoLoadDiffusionModel, StrettoLoadTextEncoder):
