@@ -139,7 +139,9 @@ def test_t10_names_that_are_taken_the_source_and_full_disks_are_refused(source, 
 
 
 MEASURE = """
-import sys, resource, time
+import sys, time
+def peak():  # resource's own figure starts at that of the process that started this one
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 sys.path.insert(0, {root!r})
 from load_pack import load_pack
 load_pack()
@@ -147,17 +149,18 @@ import torch
 torch.set_num_threads(1)
 from stretto.acceleration.quantization.quantizing import plan_file, write_file
 warm = torch.randn(64, 256) @ torch.randn(256, 256)
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+base = peak()
 plan = plan_file({source!r}, format={format!r})
 start = time.perf_counter()
 with plan.checkpoint:
     result = write_file(plan, {target!r}, workers=2)
 seconds = time.perf_counter() - start
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024, plan.checkpoint.nbytes / 1e6 / seconds, result.nbytes)
+print((peak() - base) / 1024, plan.checkpoint.nbytes / 1e6 / seconds, result.nbytes)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
 def test_t10_memory_stays_small_for_a_checkpoint_of_two_gigabytes(tmp_path):
     """A sparse file: 2 GB of zeros that take no room on the disk. Peak memory is that of a few blocks."""
     sized = flux_shapes(4608)
@@ -177,7 +180,7 @@ def test_t10_memory_stays_small_for_a_checkpoint_of_two_gigabytes(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     megabytes, rate, size = map(float, result.stdout.split())
     assert rate > 5  # other work shares the machine; benchmarks/quantization.py measures the speed
-    assert megabytes < 1024
+    assert 20 < megabytes < 1024
     assert size < 0.75 * offset
 
 
