@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ class Choices:
             folder: where the tables lie, a file per device; None keeps them in memory alone.
         """
         self._folder = None if folder is None else Path(folder)
-        self._tables: dict[str, dict[str, Any]] = {}
+        self._tables: dict[torch.device, tuple[dict[str, str], dict[str, str]]] = {}
 
     def fastest(self, key: str, ways: Mapping[str, Callable[[], torch.Tensor]], device: torch.device) -> str:
         """Return the name of the fastest of ``ways``, measured where the table does not know.
@@ -45,10 +44,10 @@ class Choices:
         """
         if len(ways) == 1:
             return next(iter(ways))
-        about = _about(device)
-        table = self._tables.get(about["device"])
-        if table is None:
-            table = self._tables[about["device"]] = self._read(about)
+        if device not in self._tables:  # once: this is asked in every layer of every step
+            about = _about(device)
+            self._tables[device] = about, self._read(about)
+        about, table = self._tables[device]
         known = table.get(key)
         if known in ways:
             return known
