@@ -390,7 +390,7 @@ def quantized_operations(
                 if weight.dtype != torch.uint8:  # a weight function has made it a floating one
                     output = quantized_linear.dequantized_linear(input, weight, bias)
                 else:
-                    kept = self.stretto_kept if weight is self.weight and not weight.is_cuda else None
+                    kept = self.stretto_kept if weight is self.weight and weight.device.type == "cpu" else None
                     output = arena_linear(self.stretto_state, input, weight, bias, kept, choices)
                 comfy.ops.uncast_bias_weight(self, weight, bias, stream)
                 return output

@@ -70,6 +70,8 @@ def load_statistics(path: str | Path) -> Statistics:
             raise StrettoError(f"{path}: its statistics cannot be read ({str(error)[:80]})") from None
         if version != VERSION:
             raise SchemaError(f"{path}: statistics are {version!r:.40}; this release reads {VERSION}")
+        if not isinstance(rows, list):
+            raise StrettoError(f"{path}: its cells are {str(rows)[:40]}; expected a list")
         cells = tuple(cell_of(str(path), row) for row in rows)
         for layer, tensor in checkpoint.tensors.items():
             if tensor.dtype != torch.float32 or len(tensor.shape) != 1:

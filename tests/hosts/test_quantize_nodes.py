@@ -9,6 +9,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from stretto.acceleration.errors import SchemaError, StrettoError
 from stretto.acceleration.hosts import comfy_quantization as host
@@ -93,6 +94,23 @@ def test_statistics_files_are_read_back_and_wrong_ones_refused(recorded, tmp_pat
     monkeypatch.setattr(files, "VERSION", 1)
     with pytest.raises(SchemaError, match="statistics are 2; this release reads 1"):
         load_statistics(tmp_path / "newer.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ("[", "cannot be read"),
+        ("[]", "cannot be read"),
+        ("{}", "cannot be read"),
+        ('{"version": 1, "words": "", "cells": 5}', "its cells are 5"),
+        ('{"version": 1, "words": "", "cells": [["a", "int8", 0, NaN]]}', "a cell is"),
+        ('{"version": 1, "words": "", "cells": []}', "expected one fp32 number per channel"),
+    ],
+)
+def test_damaged_statistics_are_refused_with_the_reason(tmp_path, document, words):
+    save_file({"layer": torch.zeros(2, 2)}, tmp_path / "run.safetensors", {files.KEY: document})
+    with pytest.raises(StrettoError, match=words):
+        load_statistics(tmp_path / "run.safetensors")
 
 
 def test_wishes_that_cannot_be_fulfilled_are_refused(recorded):
