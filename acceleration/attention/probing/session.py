@@ -1,5 +1,6 @@
 """A run whose attention is computed as ever, and looked at on the way."""
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,17 +39,26 @@ class ProbeSession(AttentionWatcher):
     bytes: int = 0
     peak_bytes: int = 0
     _sigma: float = float("inf")
+    _bucket: int = -1
+    _looks: int = 0
     _orders: dict[Geometry, TokenOrder] = field(default_factory=dict)
     _seen: dict[str, Any] = field(default_factory=dict)
     _left: set[str] = field(default_factory=set)
     _seconds: float = 0.0
 
     def begin(self, evaluation: Evaluation) -> None:
-        """Note the noise level."""
+        """Note the noise level. Each part of the run is looked at for as many steps as reuse would go on without a full one."""
+        bucket = bisect_right(self.probe.edges, evaluation.sigma)
+        if bucket != self._bucket:
+            self.probe.forget()  # steps are compared with the one before, not with one of another part
+            self._bucket, self._looks = bucket, 0
+        self._looks += evaluation.sigma != self._sigma
         self._sigma = evaluation.sigma
 
     def attention(self, call: Call, asked: Attention) -> torch.Tensor | None:
         """Look at the prompt's own branch; return None, so that attention is computed as ever."""
+        if self._looks > self.probe.period:
+            return None
         read = self.clock()
         found = self.place(call, asked)
         if isinstance(found, str):
@@ -76,6 +86,7 @@ class ProbeSession(AttentionWatcher):
 
     def reset(self) -> None:
         """A new trajectory: nothing that was seen before it is compared with what comes."""
+        self.probe.forget()
 
     def record(self) -> dict[str, Any]:
         """Return the curves and what they were read off, or why there are none."""

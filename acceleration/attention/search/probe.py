@@ -230,6 +230,10 @@ class Probe:
                 norm[at] = found["norm"] / max(found["norm"].mean(), 1e-30)
         return Curves(tuple(options), error, density, rho, alpha, norm, self.edges, self.ladder, self.patterns)
 
+    def forget(self) -> None:
+        """Compare what comes with nothing that was seen before; curves stay."""
+        self._bases.clear()
+
     def close(self) -> None:
         """Drop everything."""
         self._sums.clear()
