@@ -157,4 +157,9 @@ def _inputs() -> list[io.Input]:
             "method", options=list(METHODS), default=DEFAULTS.method, optional=True,
             tooltip=f"How stages follow on each other. {methods}.", **ADVANCED,
         ),
+        io.Int.Input(
+            "refresh", default=DEFAULTS.refresh, min=2, max=100, optional=True,
+            tooltip="While steps are small, predict at full size at the first of so many. 4 is a good start, 3 is closer to the "
+            "full run. (Corrected)", **ADVANCED,
+        ),
     ]  # fmt: skip

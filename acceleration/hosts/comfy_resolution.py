@@ -17,6 +17,8 @@ from ..compatibility import TECHNIQUES, add_request
 from ..errors import StrettoError
 from ..facts import Facts
 from ..plan import Plan, Request
+from ..resolution.corrected import Correction
+from ..resolution.noise_level import to_small
 from ..resolution.session import ResolutionSession
 from ..resolution.settings import ResolutionSettings
 from ..resolution.spectral import Size, ratio, shrink
@@ -132,9 +134,16 @@ def stage_obstacle(guider: Any, sampler: Any, options: dict[str, Any], denoise_m
         return "differential diffusion changes its mask with the noise level of the full size"
     if denoise_mask is not None and getattr(sampler, "inpaint_options", {}).get("random"):
         return "this sampler draws new noise for inpainting: use euler"
+    if any(_remembers_guidance(function) for function in options.get("sampler_pre_cfg_function", ())):
+        return "a guidance node with momentum (APG) remembers latents of one size: set its momentum to 0"
     return next(
         (why for conds in guider.original_conds.values() for entry in conds if (why := _entry_obstacle(entry))), None
     )
+
+
+def _remembers_guidance(function: Callable) -> bool:
+    """Whether a function in front of guidance averages over steps, as ComfyUI's APG does where its momentum is not 0."""
+    return bool(inspect.getclosurevars(function).nonlocals.get("momentum")) if inspect.isfunction(function) else False
 
 
 def _is_flow(model_sampling: Any) -> bool:
@@ -192,6 +201,11 @@ class StagedSampler(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> torch.Tensor:
         """Return the latent [B, C, (T,) H, W] at full size; arguments are those of ComfyUI's samplers."""
+        if self.plan.refresh:
+            corrected = CorrectedGuider(guider, self.plan, noise, latent_image, denoise_mask, extra_args, self._enter)
+            return self.inner.sample(
+                corrected, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar
+            )
         model_sampling = guider.inner_model.model_sampling
         latent_image = torch.zeros_like(noise) if latent_image is None else latent_image
         seed = extra_args.get("seed") or 0
@@ -236,6 +250,76 @@ class StagedSampler(comfy.samplers.Sampler):
         own = sigmas[stage.first : stage.last + 1]
         levels = sigmas.new_tensor(stage.sigmas)
         return own if torch.equal(levels, own) else levels
+
+
+class CorrectedGuider:
+    """A guider whose predictions are small, corrected ones where the plan has a small stage; all else is the guider's own.
+
+    Args:
+        guider: predicts at any size.
+        plan: the stages, with anchors.
+        noise: of the run; with the next two what conditioning of a stage is prepared from.
+        latent_image: what the run begins with.
+        mask: of inpainting, or None.
+        extra_args: what the sampler hands to the model.
+        enter: told whenever the size of predictions changes.
+    """
+
+    def __init__(
+        self,
+        guider: Any,
+        plan: StagePlan,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor,
+        mask: torch.Tensor | None,
+        extra_args: dict[str, Any],
+        enter: Callable[[Stage], None] | None,
+    ):
+        self._guider, self._plan, self._enter = guider, plan, enter
+        self._start, self._mask, self._seed = (noise, latent_image), mask, extra_args.get("seed")
+        self._correction, self._conds = Correction(plan), {}
+        self._size = plan.full
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the guider has by that name."""
+        return getattr(self._guider, name)
+
+    def __call__(
+        self, x: torch.Tensor, sigma: torch.Tensor, model_options: dict[str, Any], seed: int | None = None
+    ) -> torch.Tensor:
+        """Return the prediction of the clean latent [B, C, (T,) H, W] for ``x`` at noise levels ``sigma`` [B]."""
+
+        def full() -> torch.Tensor:
+            self._enter_stage(self._plan.stages[-1])
+            return self._guider(x, sigma, model_options=model_options, seed=seed)
+
+        def small(latent: torch.Tensor, q: float, place: int) -> torch.Tensor:
+            stage, kept = self._plan.stages[place], self._guider.conds
+            self._enter_stage(stage)
+            levels = sigma.new_tensor([to_small(level, stage.r) for level in self._plan.sigmas])
+            transformer_options = {**model_options.get("transformer_options", {}), "sample_sigmas": levels}
+            options = {**model_options, "transformer_options": transformer_options}
+            self._guider.conds = self._stage_conds(place)
+            try:
+                return self._guider(latent, torch.full_like(sigma, q), model_options=options, seed=seed)
+            finally:
+                self._guider.conds = kept
+
+        return self._correction.predict(x, float(sigma.max()), full, small)
+
+    def _enter_stage(self, stage: Stage) -> None:
+        if self._enter is not None and stage.size != self._size:
+            self._enter(stage)
+        self._size = stage.size
+
+    def _stage_conds(self, place: int) -> dict[str, list[dict[str, Any]]]:
+        """Return the run's conditioning at the size of a stage, prepared once."""
+        if place not in self._conds:
+            stage, (noise, latent_image) = self._plan.stages[place], self._start
+            small, clean = shrink(noise, stage.size), shrink(latent_image, stage.size) / stage.r
+            mask = _shrunk_mask(self._mask, stage.size)
+            self._conds[place] = _stage_conds(self._guider, stage, self._plan.full, small, clean, mask, self._seed)
+        return self._conds[place]
 
 
 def _stage_args(

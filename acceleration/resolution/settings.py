@@ -10,11 +10,13 @@ from .spectrum import SPECTRA, Spectrum
 
 NODE = "Stretto Progressive Resolution"
 #: How stages follow on each other.
-COUPLED, SPEED, FRESH = "Coupled", "SPEED", "Fresh noise"
+COUPLED, SPEED, FRESH, CORRECTED = "Coupled", "SPEED", "Fresh noise", "Corrected"
 METHODS = {
     COUPLED: "one path: the small run's noise and noise levels are those of the full run, whose fine noise comes back",
     SPEED: "as published: the small run keeps the full run's noise levels, fine noise is new, the level jumps at a switch",
     FRESH: "as Jenga and Bottleneck Sampling have it: enlarge the predicted picture and add new noise (for comparison)",
+    CORRECTED: "the sampler stays at full size; small steps predict coarse structure, and a full one every few steps measures "
+    "what they miss: closest to the full run, and slower",
 }
 CUSTOM = "custom"
 MAX_STAGES = 6
@@ -34,6 +36,7 @@ class ResolutionSettings:
         exponent: of the custom spectrum.
         min_side: shortest side of a stage, in latent pixels.
         multiple: sides of stages are multiples of this many latent pixels (the network's patch).
+        refresh: steps of small stages from one prediction at full size to the next (Corrected).
 
     Raises:
         StrettoError: a value is out of range; the message names field, value and range.
@@ -48,6 +51,7 @@ class ResolutionSettings:
     exponent: float = 1.9155
     min_side: int = 48
     multiple: int = 2
+    refresh: int = 4
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -56,7 +60,7 @@ class ResolutionSettings:
             value = getattr(self, name)
             if not _number(value) or not low <= value <= high:
                 _refuse(name, value, f"it must be a number in [{low:g}, {high:g}]")
-        for name, low, high in (("min_side", 2, 4096), ("multiple", 1, 64)):
+        for name, low, high in (("min_side", 2, 4096), ("multiple", 1, 64), ("refresh", 2, 100)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 _refuse(name, value, f"it must be a whole number in [{low}, {high}]")
@@ -84,8 +88,8 @@ class ResolutionSettings:
                 self.switches,
                 f"stages {self.stages} also go down; say at which shares of the steps they end",
             )
-        if falls and self.method != COUPLED:
-            _refuse("method", self.method, f"stages {self.stages} also go down, which only {COUPLED} can")
+        if falls and self.method not in (COUPLED, CORRECTED):
+            _refuse("method", self.method, f"stages {self.stages} also go down, which {COUPLED} and {CORRECTED} can")
 
     @property
     def power_law(self) -> Spectrum:

@@ -1,11 +1,13 @@
 """Stages of a run: which steps at which size and at which noise levels, and how a latent gets from one to the next."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from ..sampling import Schedule
 from .noise_level import band_power, gain, switch_level, to_full, to_small
-from .settings import COUPLED, FRESH, SPEED, ResolutionSettings
+from .settings import CORRECTED, COUPLED, FRESH, SPEED, ResolutionSettings
 from .spectral import Size, expand, ratio, shrink
 
 
@@ -43,24 +45,49 @@ class StagePlan:
         full: size of the whole latent.
         stages: in running order; the last one is at full size.
         sigmas: noise levels of the full run.
+        refresh: the first of so many steps of a small stage is also predicted at full size; 0 where none is.
     """
 
     method: str
     full: Size
     stages: tuple[Stage, ...]
     sigmas: tuple[float, ...]
+    refresh: int = 0
 
     @property
     def cost(self) -> float:
         """Network rows x tokens of the run over those of the full one: what it takes where time is per token."""
-        area = self.full[0] * self.full[1]
-        work = sum((stage.last - stage.first) * stage.size[0] * stage.size[1] / area for stage in self.stages)
-        return work / max(len(self.sigmas) - 1, 1)
+        work = 0.0
+        for step, place in enumerate(self._smalls):
+            work += 1.0 if place is None else self._area(place)
+            if place is None and self.refresh:
+                work += sum(self._area(following) for following in self.small_after(step))
+        return work / max(len(self._smalls), 1)
+
+    def place_of(self, sigma: float) -> tuple[float, int]:
+        """Return the position in the run, and the step, of an evaluation at a noise level of the full run."""
+        position = self._schedule.position(sigma)
+        return position, self._schedule.step(position)
+
+    def small_stage(self, step: int) -> int | None:
+        """Return the number of the stage whose size ``step`` is predicted at, None for the full size."""
+        return self._smalls[step]
+
+    def small_after(self, step: int) -> tuple[int, ...]:
+        """Return the stages at whose sizes predictions follow on ``step``, until the next full one."""
+        found = []
+        for place in self._smalls[step + 1 :]:
+            if place is None:
+                break
+            found += [place] if place not in found else []
+        return tuple(found)
 
     def words(self) -> str:
         """Say the stages as a user reads them."""
         parts = [f"steps {s.first + 1} to {s.last} at {s.size[1]}x{s.size[0]}" for s in self.stages]
-        return f"{self.method}: {', '.join(parts)} (latent pixels)"
+        full = sum(place is None for place in self._smalls[: self.stages[-1].first])
+        more = f", {full} of the small ones also at full size" if self.refresh else ""
+        return f"{self.method}: {', '.join(parts)} (latent pixels){more}"
 
     def to_json(self) -> dict:
         """Return the stages as JSON values."""
@@ -71,6 +98,24 @@ class StagePlan:
             ],
             "cost": self.cost,
         }
+
+    @cached_property
+    def _schedule(self) -> Schedule:
+        return Schedule(self.sigmas)
+
+    @cached_property
+    def _smalls(self) -> tuple[int | None, ...]:
+        """Stage of every step that is predicted at a smaller size, None for the others."""
+        return tuple(
+            None if stage.r == 1.0 or (self.refresh and (step - stage.first) % self.refresh == 0) else place
+            for place, stage in enumerate(self.stages)
+            for step in range(stage.first, stage.last)
+        )
+
+    def _area(self, place: int) -> float:
+        """Return the pixels of a stage over those of the full size."""
+        size = self.stages[place].size
+        return size[0] * size[1] / (self.full[0] * self.full[1])
 
 
 def stage_size(full: Size, scale: float, multiple: int) -> Size:
@@ -116,7 +161,8 @@ def plan_stages(settings: ResolutionSettings, sigmas: tuple[float, ...], full: S
     parts = [part for part in zip(sizes, bounds, bounds[1:]) if part[2] > part[1]]
     if all(size == full for size, _, _ in parts):
         return _why_nothing(settings, sizes, full, sigmas)
-    return StagePlan(settings.method, full, _stages(settings.method, parts, full, sigmas), sigmas)
+    refresh = settings.refresh if settings.method == CORRECTED else 0
+    return StagePlan(settings.method, full, _stages(settings.method, parts, full, sigmas), sigmas, refresh)
 
 
 def whole_run(sigmas: tuple[float, ...], full: Size, method: str = COUPLED) -> StagePlan:
@@ -130,7 +176,7 @@ def _stages(
     stages, entry = [], None
     for place, (size, first, last) in enumerate(parts):
         r = ratio(full, size)
-        if method == COUPLED:
+        if method in (COUPLED, CORRECTED):
             levels = tuple(sigma if r == 1.0 else to_small(sigma, r) for sigma in sigmas[first : last + 1])
             stages.append(Stage(size, r, first, last, levels))
             continue

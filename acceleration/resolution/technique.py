@@ -6,7 +6,7 @@ from ..facts import ACTIVE, OFF, Facts, Outcome
 from ..plan import Request
 from ..sampling import SamplerTraits
 from .session import ResolutionSession
-from .settings import NODE, ResolutionSettings
+from .settings import CORRECTED, NODE, ResolutionSettings
 from .stages import StagePlan, plan_stages, whole_run
 
 #: Samplers that cannot do with fewer steps than this in a stage.
@@ -44,7 +44,7 @@ class ResolutionTechnique:
                 return Outcome(self.name, OFF, plan)
             plan = whole_run(facts.schedule.sigmas, tuple(facts.latent_shape[-2:]))
         notes = [plan.words(), f"{1 / plan.cost:.2f}x less work for the network where its time is per token"]
-        if facts.sampler.multistep:
+        if facts.sampler.multistep and not plan.refresh:
             notes.append(f"{facts.sampler.name} begins anew at every switch")
         return Outcome(self.name, ACTIVE, "; ".join(notes), session=ResolutionSession(plan))
 
@@ -73,8 +73,14 @@ def run_stages(
         return f"the latent has {len(latent_shape)} dimensions; pictures have 4, videos 5"
     if sigmas[0] > 1.0:
         return f"the first noise level is {sigmas[0]:g}; a flow's lie between 0 and 1"
+    if settings.method == CORRECTED and "cfg_pp" in sampler.name:
+        return f"the sampler {sampler.name} reads the unconditional branch, which {CORRECTED} has at other sizes only"
     plan = plan_stages(settings, sigmas, tuple(latent_shape[-2:]))
     least = LEAST_STEPS.get(sampler.name, 1)
-    if isinstance(plan, StagePlan) and any(stage.last - stage.first < least for stage in plan.stages):
+    if (
+        isinstance(plan, StagePlan)
+        and not plan.refresh
+        and any(stage.last - stage.first < least for stage in plan.stages)
+    ):
         return f"the sampler {sampler.name} needs {least} steps in a stage: {plan.words()}"
     return plan

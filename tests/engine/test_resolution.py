@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch
 from stretto.acceleration.errors import StrettoError
 from stretto.acceleration.facts import Facts
 from stretto.acceleration.plan import Request
+from stretto.acceleration.resolution.corrected import Correction
 from stretto.acceleration.resolution.noise_level import band_power, gain, switch_level, to_full, to_small
-from stretto.acceleration.resolution.settings import COUPLED, FRESH, SPEED, ResolutionSettings, parse_numbers
+from stretto.acceleration.resolution.settings import CORRECTED, COUPLED, FRESH, SPEED, ResolutionSettings, parse_numbers
 from stretto.acceleration.resolution.spectral import dct, expand, idct, ratio, shrink
 from stretto.acceleration.resolution.spectrum import SPECTRA, fit_spectrum
 from stretto.acceleration.resolution.stages import Path, StagePlan, plan_stages, stage_size, switch_step
@@ -192,7 +194,7 @@ def test_settings_are_refused_by_name_value_and_range():
             ResolutionSettings(**bad)
     with pytest.raises(StrettoError, match="say at which shares"):
         ResolutionSettings(stages=(1.0, 0.5, 1.0))
-    with pytest.raises(StrettoError, match="which only Coupled can"):
+    with pytest.raises(StrettoError, match="which Coupled and Corrected can"):
         ResolutionSettings(stages=(1.0, 0.5, 1.0), switches=(0.2, 0.6), method=SPEED)
     with pytest.raises(StrettoError, match="stages is 'half'"):
         parse_numbers("stages", "half")
@@ -381,3 +383,70 @@ def test_plans_are_written_as_json():
     document = plan.to_json()
     assert [stage["steps"] for stage in document["stages"]] == [[0, 3], [3, 10]]
     assert document["stages"][0]["size"] == [16, 16] and document["cost"] == pytest.approx(0.775)
+
+
+# Corrected runs
+
+
+def corrected(flow, plan, start):
+    """Sample with Euler at full size, predictions corrected; returns the result and the sizes that were predicted at."""
+    correction, x, sizes = Correction(plan), start, []
+
+    def predict(latent, sigma, place=None):
+        sizes.append(latent.shape[-1])
+        return flow.denoised(latent, sigma)
+
+    for now, then in itertools.pairwise(plan.sigmas):
+        denoised = correction.predict(x, now, partial(predict, x, now), predict)
+        x = x + (then - now) * (x - denoised) / now
+    return x, sizes
+
+
+def test_corrected_plans_have_anchors_and_their_work_counts():
+    plan = plan_stages(settings(method=CORRECTED, switches=(0.8,), refresh=4), shifted(10), (32, 32))
+    assert [plan.small_stage(step) for step in range(10)] == [None, 0, 0, 0, None, 0, 0, 0, None, None]
+    assert plan.small_after(0) == (0,) and plan.small_after(8) == ()
+    assert plan.cost == pytest.approx((4 * 1 + 6 * 0.25 + 2 * 0.25) / 10)
+    assert "2 of the small ones also at full size" in plan.words()
+    assert plan_stages(settings(switches=(0.8,)), shifted(10), (32, 32)).refresh == 0
+    result, sizes = corrected(GaussianFlow((32, 32)), plan, noise(1, 1, 32, 32))
+    assert sizes == [32, 16, 16, 16, 16, 32, 16, 16, 16, 16, 32, 32] and torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize(("full", "stages", "switches"), [
+    ((16, 16), (0.5, 1.0), (0.6,)), ((15, 9), (0.6, 1.0), (0.5,)), ((24, 16), (0.25, 0.5, 1.0), (0.2, 0.6)),
+])  # fmt: skip
+def test_the_low_band_of_a_corrected_gaussian_flow_is_that_of_the_full_run(full, stages, switches):
+    flow, sigmas, start = GaussianFlow(full), shifted(30), noise(1, 2, *full)
+    plan = plan_stages(settings(method=CORRECTED, stages=stages, switches=switches), sigmas, full)
+    height, width = plan.stages[0].size
+    truth, (result, _) = euler(flow, start, sigmas), corrected(flow, plan, start)
+    torch.testing.assert_close(dct(result)[..., :height, :width], dct(truth)[..., :height, :width], atol=EXACT, rtol=0)
+
+
+def test_what_small_predictions_always_miss_is_put_back_exactly():
+    """An error of the small network's output that does not change over the run leaves no trace; coupled stages keep it."""
+    full, sigmas, start = (16, 16), shifted(20), noise(1, 1, 16, 16)
+    bias = noise(1, 1, 8, 8, seed=8)
+
+    class Biased(GaussianFlow):
+        def denoised(self, x, sigma):
+            return super().denoised(x, sigma) - (sigma * bias if x.shape[-1] == 8 else 0.0)
+
+    flow, found = Biased(full), {}
+    truth = euler(flow, start, sigmas)
+    for method, run in ((CORRECTED, corrected), (COUPLED, in_stages)):
+        plan = plan_stages(settings(method=method, switches=(0.5,)), sigmas, full)
+        found[method] = float((dct(run(flow, plan, start)[0]) - dct(truth))[..., :8, :8].abs().max())
+    assert found[CORRECTED] < EXACT < 0.1 < found[COUPLED]
+
+
+@pytest.mark.parametrize("switch", [0.4, 0.6])
+def test_the_corrected_form_beats_coupled_stages_and_fewer_steps_of_as_much_work_on_a_mixture(switch):
+    flow, sigmas, start = MixtureFlow(), shifted(30), noise(6, 32, 32, seed=2)
+    truth = euler(flow, start, sigmas)
+    plan = plan_stages(settings(method=CORRECTED, switches=(switch,)), sigmas, (32, 32))
+    found = decibels(corrected(flow, plan, start)[0], truth)
+    coupled = plan_stages(settings(switches=((1 - plan.cost) / 0.75,)), sigmas, (32, 32))
+    fewer = euler(flow, start, shifted(math.ceil(plan.cost * 30)))
+    assert found > max(decibels(in_stages(flow, coupled, start)[0], truth), decibels(fewer, truth)) + 10.0

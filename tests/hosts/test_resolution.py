@@ -347,6 +347,7 @@ def test_the_nodes_ask_for_what_their_inputs_say(tiny):
     euler = comfy.samplers.ksampler("euler")
     wrapped = StrettoProgressiveSampler.execute(euler, **given).result[0]
     assert torch.equal(custom(model, euler), custom(tiny("flux"), wrapped))
+    assert asked_for.settings["refresh"] == 4
     with pytest.raises(StrettoError, match="switches is 'soon'"):
         StrettoProgressiveResolution.execute(tiny("flux"), **{**given, "switches": "soon"})
     from stretto.acceleration.resolution.spectral import idct
@@ -377,3 +378,96 @@ def test_conditioning_with_hooks_is_refused():
     from stretto.acceleration.hosts.comfy_resolution import _entry_obstacle
 
     assert "LoRA or model hooks" in _entry_obstacle({"hooks": HookGroup()})
+
+
+# Corrected runs
+
+CORRECTED = Request("resolution", {**HALF, "switches": [0.8], "method": "Corrected"})
+
+
+def test_corrected_runs_keep_the_sampler_at_full_size_and_ask_the_network_at_both(tiny):
+    seen = []
+    result = sample(
+        host.request(tiny("flux"), CORRECTED), "flux", shape=SHAPE, steps=10,
+        callback=lambda step, denoised, x, steps: seen.append((step, tuple(x.shape[-2:]))),
+    )  # fmt: skip
+    document, full = trace(), tokens()[-1]
+    small = full // 4
+    assert tokens() == [full, small, small, small, small, full, small, small, small, small, full, full]
+    assert [entry["position"] for entry in document["evaluations"]] == pytest.approx([0, 0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9])
+    assert seen == [(step, SHAPE[-2:]) for step in range(10)] and torch.isfinite(result).all()
+    assert document["resolution"]["method"] == "Corrected"
+    assert document["resolution"]["cost"] == pytest.approx((4 + 8 * 0.25) / 10)
+
+
+def test_anchors_at_every_step_are_the_plain_run(tiny):
+    """One small step in two, none of them used: predictions of the full size pass through untouched."""
+    wanted = {**HALF, "method": "Corrected", "switches": [0.2], "refresh": 2}
+    plain = sample(tiny("flux"), "flux", shape=SHAPE, steps=5)
+    assert torch.equal(plain, sample(host.request(tiny("flux"), Request("resolution", wanted)), "flux", shape=SHAPE, steps=5))
+
+
+@pytest.mark.parametrize("sampler", [name for name, traits in SAMPLERS.items() if "gpu" not in name])
+def test_every_sampler_runs_corrected_or_says_why_not(tiny, sampler):
+    name = {"unipc": "uni_pc", "unipc_bh2": "uni_pc_bh2"}.get(sampler, sampler)
+    if name not in comfy.samplers.SAMPLER_NAMES:
+        pytest.skip(f"ComfyUI here has no {name}")
+    result = sample(host.request(tiny("flux"), CORRECTED), "flux", shape=SHAPE, sampler=name, steps=6)
+    assert torch.isfinite(result).all()
+    found = trace()["techniques"][0]
+    if SAMPLERS[sampler].adaptive or "cfg_pp" in sampler:
+        assert found["status"] == "off" and (SAMPLERS[sampler].adaptive or "reads the unconditional branch" in found["reason"])
+    else:
+        assert found["status"] == "active" and "begins anew" not in found["reason"]
+        assert {tokens()[-1], tokens()[-1] // 4} == set(tokens())
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_inpainting_in_a_corrected_run_keeps_what_is_outside_the_mask(tiny, family):
+    shape = LARGER[family]
+    latent = torch.randn(1, *shape, generator=torch.Generator().manual_seed(3))
+    mask = torch.zeros(1, 1, *shape[-2:])
+    mask[..., : shape[-2] // 2, :] = 1.0
+    euler = comfy.samplers.ksampler("euler")
+    result = custom(host.request(tiny(family), CORRECTED), euler, family, denoise_mask=mask, latent=latent)
+    assert trace()["techniques"][0]["status"] == "active" and len(set(tokens())) == 2
+    kept = slice(shape[-2] // 2, None)
+    assert (result[..., kept, :] - latent[..., kept, :]).abs().max() < 1e-4 and not torch.equal(result, latent)
+    alone = custom(tiny(family), host.progressive_sampler(euler, CORRECTED), family, denoise_mask=mask, latent=latent)
+    assert torch.equal(result, alone)
+
+
+def test_corrected_runs_beside_caches_and_guidance_and_leave_nothing_behind(tiny):
+    cache = Request("cache", {"method": "Taylor", "interval": 2, "warmup": 1, "tail": 1})
+    wanted = Request("resolution", {**HALF, "switches": [0.4], "method": "Corrected"})
+    model = tiny("wan")
+    for request in (cache, wanted, PERIODIC):
+        model = host.request(model, request)
+    first = sample(model, "wan", shape=CLIP, steps=16)
+    found = trace()
+    assert [item["status"] for item in found["techniques"]] == ["active"] * 3
+    sizes = tokens()
+    changes = [place for place in range(1, len(sizes)) if sizes[place] != sizes[place - 1]]
+    assert changes and all(found["evaluations"][place]["decision"] == "computed" for place in changes)
+    assert found["guidance"]["saved"] > 0 and any(e["decision"] != "computed" for e in found["evaluations"])
+
+    def stop(step, *args):
+        if step == 2:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        sample(model, "wan", shape=CLIP, steps=16, callback=stop)
+    assert torch.equal(first, sample(model, "wan", shape=CLIP, steps=16))
+
+
+@pytest.mark.parametrize("wanted", [GROWING, CORRECTED])
+def test_guidance_with_momentum_is_refused_and_without_it_runs(tiny, wanted):
+    from comfy_extras.nodes_apg import APG
+
+    def adaptive(momentum):
+        return APG.execute(host.request(tiny("flux"), wanted), eta=1.0, norm_threshold=5.0, momentum=momentum).result[0]
+
+    assert torch.isfinite(sample(adaptive(0.0), "flux", shape=SHAPE, steps=5)).all()
+    assert trace()["techniques"][0]["status"] == "active"
+    assert torch.isfinite(sample(adaptive(-0.5), "flux", shape=SHAPE, steps=5)).all()
+    assert "momentum (APG)" in trace()["techniques"][0]["reason"]
