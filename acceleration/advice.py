@@ -9,16 +9,15 @@ from .facts import OFF, REDUCED
 from .figures import (
     SKIPPED,
     Trace,
-    ceiling,
     comparisons,
     counts,
     mebibytes,
-    share_of_skipped,
     skipped_of,
     sparse_seconds,
     steps_of,
     worst_layers,
 )
+from .savings import CACHING, savings, share_of_skipped
 
 #: Runs this short have few steps to skip, and their first and last ones matter most.
 FEW_STEPS = 10
@@ -65,7 +64,7 @@ def threshold_too_low(trace: Trace) -> str | None:
 
 def few_steps(trace: Trace) -> str | None:
     """A short run gains little from caching."""
-    steps, gain = steps_of(trace), ceiling(trace)
+    steps, gain = steps_of(trace), savings(trace).get(CACHING)
     if gain is None or steps > FEW_STEPS or gain >= SMALL_GAIN:
         return None
     return f"{steps} steps: caching gains at most {gain:.2f}x here; attention, quantization or the VAE nodes help more."

@@ -68,25 +68,6 @@ def skipped_of(trace: Trace) -> int:
     return sum(trace["totals"][decision] for decision in SKIPPED)
 
 
-def share_of_skipped(trace: Trace) -> float | None:
-    """Return the mean seconds of a skipped evaluation over those of a computed one; None where nothing was skipped.
-
-    The first evaluation is left out: it also pays for warm-up.
-    """
-    if not skipped_of(trace):
-        return None
-    computed, skipped = _mean_seconds(trace, ("computed",)), _mean_seconds(trace, SKIPPED)
-    return (skipped or 0.0) / computed if computed else None
-
-
-def ceiling(trace: Trace) -> float | None:
-    """Return the predicted speed-up, ``evaluations / (computed + share * skipped)``; None where nothing was skipped."""
-    share, totals = share_of_skipped(trace), trace["totals"]
-    if share is None:
-        return None
-    return totals["evaluations"] / (totals["computed"] + totals.get("mixed", 0) + share * skipped_of(trace))
-
-
 def plain_run(trace: Trace, others: Iterable[Trace]) -> Trace | None:
     """Return the last of ``others`` that did the same work as ``trace`` without skipping any of it, or None.
 
@@ -142,15 +123,6 @@ def mebibytes(size: int) -> str:
     """Return bytes as a person reads them: three digits, in MiB."""
     value = size / 2**20
     return f"{value:.0f} MiB" if value >= 100 else f"{value:.3g} MiB"
-
-
-def _mean_seconds(trace: Trace, decisions: Iterable[str]) -> float | None:
-    values = [
-        entry["seconds"]
-        for entry in trace["evaluations"][1:]
-        if entry["decision"] in decisions and entry["seconds"] is not None
-    ]
-    return math.fsum(values) / len(values) if values else None
 
 
 def _work(trace: Trace) -> tuple:

@@ -6,13 +6,11 @@ from .figures import (
     MARKS,
     WORDS,
     Trace,
-    ceiling,
     comparisons,
     counts,
     mebibytes,
     rows,
     saves_work,
-    share_of_skipped,
     sparse_seconds,
     sparse_share,
     speed_up,
@@ -20,9 +18,12 @@ from .figures import (
     strip,
     worst_layers,
 )
+from .savings import CACHING, GUIDANCE, RESOLUTION, expected, savings, share_of_skipped
 
 #: A measured speed-up this far above the possible one has another cause.
 TOO_GOOD = 1.1
+#: What users call what a technique leaves out.
+WORK_OF = {RESOLUTION: "smaller stages", GUIDANCE: "guidance saved", CACHING: "steps skipped"}
 NO_PLAIN = (
     "No plain run to compare with: queue the same workflow with the accelerating nodes bypassed (Stretto Measure stays), "
     "then this one again."
@@ -56,7 +57,7 @@ def summary(trace: Trace, plain: Trace | None = None) -> str:
 
 def gain(trace: Trace, plain: Trace | None) -> str:
     """Return predicted and measured speed-up in a few words, ``""`` where nothing was skipped."""
-    predicted = ceiling(trace)
+    predicted = expected(trace)
     if predicted is None and not saves_work(trace):
         return ""
     measured = "no plain run to compare with" if plain is None else f"measured {speed_up(trace, plain):.2f}x"
@@ -91,15 +92,24 @@ def _strips(trace: Trace) -> list[str]:
 
 
 def _prediction(trace: Trace) -> list[str]:
-    share, predicted = share_of_skipped(trace), ceiling(trace)
-    if predicted is None:
-        return []
-    return [f"A skipped step costs {share:.0%} of a computed one: {predicted:.2f}x is the most this run could gain."]
+    """Say what the run could gain, and what each technique adds to that."""
+    factors, share, lines = savings(trace), share_of_skipped(trace), []
+    if CACHING in factors and share is not None:
+        lines.append(
+            f"A skipped step costs {share:.0%} of a computed one: {factors[CACHING]:.2f}x is the most this run could gain"
+            + (" by skipping." if len(factors) > 1 else ".")
+        )
+    parts = [f"{WORK_OF[name]} {factor:.2f}x" for name, factor in factors.items()]
+    if len(parts) > 1:
+        lines.append(f"Predicted: {', '.join(parts)}; together {expected(trace):.2f}x.")
+    elif parts and CACHING not in factors:
+        lines.append(f"Predicted: {parts[0]}, where a step's time goes by rows and pixels.")
+    return lines
 
 
 def _measurement(trace: Trace, plain: Trace | None) -> list[str]:
     """Say what was gained, where something was to be gained."""
-    predicted = ceiling(trace)
+    predicted = expected(trace)
     if predicted is None and not saves_work(trace):
         return []
     if plain is None:

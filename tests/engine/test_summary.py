@@ -4,7 +4,8 @@ import jsonschema
 import pytest
 
 from stretto.acceleration.advice import RULES, advice
-from stretto.acceleration.figures import ceiling, comparisons, counts, plain_run, rows, speed_up, strip
+from stretto.acceleration.figures import comparisons, counts, plain_run, rows, speed_up, strip
+from stretto.acceleration.savings import expected, savings
 from stretto.acceleration.schemas import schema
 from stretto.acceleration.summary import NO_PLAIN, gain, summary
 
@@ -61,9 +62,49 @@ def test_a_table_computes_steps_in_part():
 
 def test_the_prediction_counts_what_skipped_steps_cost():
     trace = make_trace("##~~", cost=0.5)
-    assert ceiling(trace) == pytest.approx(4 / (2 + 0.5 * 2))
+    assert expected(trace) == pytest.approx(4 / (2 + 0.5 * 2))
     assert "A skipped step costs 50% of a computed one: 1.33x is the most this run could gain." in summary(trace)
-    assert ceiling(make_trace("####")) is None
+    assert expected(make_trace("####")) is None
+
+
+def thin(trace, alone=(), small=(), seconds=1.0):
+    """Take the unconditional branch from some evaluations, and make some a quarter as large; seconds follow the work."""
+    for entry in trace["evaluations"]:
+        if entry["index"] in alone:
+            del entry["branches"][1]
+        for branch in entry["branches"]:
+            branch["tokens"] = 4 if entry["index"] in small else 16
+        entry["seconds"] *= sum(branch["tokens"] for branch in entry["branches"]) / 32
+    trace["seconds"]["sampler"] = sum(entry["seconds"] for entry in trace["evaluations"])
+    return trace
+
+
+def test_saved_guidance_and_small_stages_are_predicted_from_rows_and_tokens():
+    guided = thin(make_trace("########", techniques=[("guidance", "active")]), alone=(2, 3, 5, 6))
+    assert savings(guided) == {"guidance": pytest.approx(16 / 12)}
+    assert "Predicted: guidance saved 1.33x, where a step's time goes by rows and pixels." in summary(guided)
+    staged = thin(make_trace("########", techniques=[("resolution", "active")]), small=(0, 1, 2, 3))
+    assert savings(staged) == {"resolution": pytest.approx(8 / 5)}
+    assert gain(staged, make_trace("########")).startswith("predicted 1.60x · measured 1.60x")
+    assert savings(thin(make_trace("####"), alone=(1,))) == {}, "no technique of ours left that row out"
+
+
+def test_together_techniques_save_the_product_of_what_each_saves():
+    techniques = [("cache", "active"), ("guidance", "active"), ("resolution", "active")]
+    trace = thin(make_trace("####~~##~~", cost=0.25, techniques=techniques), alone=(2, 6, 8), small=(0, 1, 2))
+    factors = savings(trace)
+    assert list(factors) == ["resolution", "guidance", "caching"]
+    left = [2, 2, 1, 8, 8 / 4, 8 / 4, 4, 8, 4 / 4, 8 / 4]  # rows x tokens / 4, skipped ones at a quarter
+    assert expected(trace) == pytest.approx(80 / sum(left))
+    assert expected(trace) == pytest.approx(factors["resolution"] * factors["guidance"] * factors["caching"])
+    assert f"together {expected(trace):.2f}x" in summary(trace) and "by skipping." in summary(trace)
+
+
+def test_small_evaluations_that_only_measure_are_not_the_plain_runs():
+    trace = thin(make_trace("####", techniques=[("resolution", "active")]), small=(1, 2))
+    trace["resolution"] = {"method": "Corrected"}
+    trace["evaluations"][1]["position"] = trace["evaluations"][0]["position"]
+    assert savings(trace) == {"resolution": pytest.approx(3 / 2.5)}
 
 
 def test_the_measurement_names_its_plain_run():
