@@ -104,7 +104,9 @@ def make(client: ComfyClient, path: Path) -> None:
         count = min(FRAMES, len(images))
         picked = [images[index * (len(images) - 1) // max(count - 1, 1)] for index in range(count)]
         pictures.append([Image.open(io.BytesIO(client.fetch_image(image))) for image in picked])
-        entries = client.traces(result.prompt_id)[-1]["evaluations"]
+        last = {trace["sampler_node"]: trace["evaluations"] for trace in client.traces(result.prompt_id)}
+        samplers = sorted(edit.sampler_ids(api), key=lambda key: int(api[key]["inputs"].get("start_at_step", 0)))
+        entries = [entry for key in samplers for entry in last.get(key, ())]
         decisions = ["sparse" if entry["attention_kept"] is not None else entry["decision"] for entry in entries]
     draw(pictures, decisions).save(path.with_suffix(".jpg"), quality=88, optimize=True)
     say(f"{path.with_suffix('.jpg').relative_to(ROOT)}")
