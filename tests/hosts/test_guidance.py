@@ -1,5 +1,6 @@
 """Guidance saver inside ComfyUI: exact where it must be, two outputs for everybody, honest where it cannot act."""
 
+import importlib
 import itertools
 
 import comfy.model_base
@@ -8,8 +9,6 @@ import comfy_extras.nodes_custom_sampler as custom
 import comfy_extras.nodes_perpneg as perpneg
 import pytest
 import torch
-from comfy_extras.nodes_model_advanced import RescaleCFG
-from comfy_extras.nodes_slg import SkipLayerGuidanceDiT, SkipLayerGuidanceDiTSimple
 
 from stretto.acceleration.errors import ConflictError, StrettoError
 from stretto.acceleration.hosts import comfy as host
@@ -244,24 +243,46 @@ def test_context_windows_keep_differences_apart(tiny):
     assert trace()["memory"]["store_peak_bytes"] >= 2 * 2 * 16 * 6 * 4 * 4  # one difference for each window
 
 
-@pytest.mark.parametrize("patch", ["rescale", "slg", "slg simple"])
-def test_beside_nodes_that_read_or_repeat_the_branches(tiny, patch):
-    def patched(model):
-        if patch == "rescale":
-            return RescaleCFG().patch(model, 0.7)[0]
-        node = SkipLayerGuidanceDiT if patch == "slg" else SkipLayerGuidanceDiTSimple
-        extra = {"scale": 3.0, "rescaling_scale": 0.0} if patch == "slg" else {}
-        return node.execute(
-            model, double_layers="1", single_layers="", start_percent=0.0, end_percent=0.6, **extra
-        ).result[0]
+def _nodes():
+    """Nodes of ComfyUI that read both branches, or ask for them again: name -> what it does to a model."""
 
+    def of(module, name, **values):
+        def patched(model):
+            node = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
+            if hasattr(node, "execute"):
+                return node.execute(model, **values).result[0]
+            return getattr(node(), node.FUNCTION)(model, *values.values())[0]
+
+        return patched
+
+    layers = {"double_layers": "1", "single_layers": "", "start_percent": 0.0, "end_percent": 0.6}
+    return {
+        "rescale": of("nodes_model_advanced", "RescaleCFG", multiplier=0.7),
+        "slg": of("nodes_slg", "SkipLayerGuidanceDiT", **layers, scale=3.0, rescaling_scale=0.0),
+        "slg simple": of("nodes_slg", "SkipLayerGuidanceDiTSimple", **layers),
+        "pag": of("nodes_pag", "PerturbedAttentionGuidance", scale=3.0),
+        "apg": of("nodes_apg", "APG", eta=0.5, norm_threshold=5.0, momentum=-0.5),
+        "cfg zero star": of("nodes_cfg", "CFGZeroStar"),
+        "cfg norm": of("nodes_cfg", "CFGNorm", strength=0.9),
+        "tcfg": of("nodes_tcfg", "TCFG"),
+        "renorm": of("nodes_lumina2", "RenormCFG", cfg_trunc=100.0, renorm_cfg=1.0),
+        "mahiro": of("nodes_mahiro", "Mahiro"),
+    }
+
+
+@pytest.mark.parametrize("name", _nodes())
+def test_beside_nodes_that_read_or_repeat_the_branches(tiny, name):
+    patched = _nodes()[name]
     plain = sample(patched(tiny("sd3")), "sd3", steps=12)
+    assert not torch.equal(plain, sample(tiny("sd3"), "sd3", steps=12)) or name == "renorm", "the node does something"
     assert torch.equal(plain, sample(patched(host.request(tiny("sd3"), EVERY)), "sd3", steps=12))
     fast = sample(patched(host.request(tiny("sd3"), PERIODIC)), "sd3", steps=12)
     assert torch.isfinite(fast).all() and not torch.equal(plain, fast)
     assert trace()["guidance"]["saved"] > 0
-    if patch == "slg simple":
+    if name == "slg simple":
         assert trace()["guidance"]["left"] == {"a node that asks for the unconditional branch on its own": 8}
+    unguided = Request("guidance", {"method": "Interval", "guide_from": 0.3, "guide_until": 0.6})
+    assert torch.isfinite(sample(patched(host.request(tiny("sd3"), unguided)), "sd3", steps=12)).all()
 
 
 def test_cfg_1_has_nothing_to_save(tiny):
@@ -360,9 +381,9 @@ def test_the_node_asks_for_what_its_inputs_say(tiny):
     ]  # fmt: skip
     model = StrettoGuidanceSaver.execute(tiny("sd3"), **defaults).result[0]
     (asked_for,) = host.plan_of(model).requests
-    assert asked_for.settings["guide_until"] == 1.0 and asked_for.settings["interval"] == 2
+    assert asked_for.settings["guide_until"] == 1.0 and asked_for.settings["interval"] == 3
     sample(model, "sd3", steps=16)
-    assert trace()["guidance"]["saved"] == 6
+    assert trace()["guidance"]["saved"] == 8
     with pytest.raises(StrettoError, match="interval is 0"):
         StrettoGuidanceSaver.execute(tiny("sd3"), **{**defaults, "interval": 0})
 
