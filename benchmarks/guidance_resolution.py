@@ -1,14 +1,16 @@
 """Guidance saver and progressive resolution beside fewer steps and the published forms: quality for seconds.
 
-    .venv/bin/python benchmarks/guidance_resolution.py [--parts image video large analytic] [--count 8] [--batch 1 8]
-                                                       [--threads 1] [--comfyui .comfyui] [--out FILE]
+    .venv/bin/python benchmarks/guidance_resolution.py [--parts image wide video large analytic] [--count 4] [--batch 8]
+                                                       [--arms REGEX] [--threads 1] [--comfyui .comfyui] [--out FILE]
 
 In process, the arms of a prompt one after the other (drifts of the machine hit all alike), after a discarded warm-up.
 Quality is the PSNR of the decoded pictures to the plain run of 28 Euler steps at CFG 5, the mean and the worst of the
 prompts. Speed-ups are medians over the prompts of plain over arm, in seconds on the clock and in seconds of processor time
 (a busy machine disturbs the clock). "Work" is what goes through the blocks, rows x latent pixels, over the plain run's.
 
-image, video: the demo models on held-out prompts. large: a random network of SD3's architecture with 1,024 image tokens,
+image, video: the demo models on held-out prompts. wide: the image model at 256x256 pixels, sixteen times its own size, where
+time goes by the pixel; its pictures there are no good, and how close an arm stays to the plain run is told all the same.
+large: a random network of SD3's architecture with 1,024 image tokens,
 for the time alone. analytic: a flow of a Gaussian mixture whose velocity is known, 32x32, in fp64. Prints tables and writes
 benchmarks/results/guidance-resolution.json; parts that were not asked for stay in the file.
 """
@@ -23,6 +25,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 from overhead import ROOT, large_model, prepare
 
@@ -30,7 +33,10 @@ RESULTS = ROOT / "benchmarks" / "results" / "guidance-resolution.json"
 STEPS, LARGE_STEPS, CFG = 28, 14, 5.0
 #: At least so much faster than the plain run, for each kind of arm.
 GOALS = {"guidance": 1.25, "progressive": 1.3}
-PARTS = ("image", "video", "large", "analytic")
+PARTS = ("analytic", "image", "wide", "video", "large")
+WIDE = 32
+#: Arms of the parts that take longer.
+SHORT = re.compile(r"plain|(22|21|20|18|16) steps|every 2, from|Cor|Coupled, half size to (20|40)|every 2$|stacked: .*corrected")
 HALF = {"stages": [0.5, 1.0], "min_side": 2}
 
 
@@ -76,6 +82,11 @@ def arms() -> Iterator[Arm]:
     for switch in (0.2, 0.4, 0.6):
         for method in ("Coupled", "SPEED", "Fresh noise"):
             yield Arm(f"progressive: {method}, half size to {switch:.0%}", (progressive(switch, method),))
+    for switch, refresh in ((0.4, 4), (0.57, 4), (0.54, 5), (0.64, 3), (0.71, 4)):
+        yield Arm(
+            f"progressive: Corrected every {refresh}, half size to {switch:.0%}",
+            (progressive(switch, "Corrected", refresh=refresh),),
+        )
     for switch in (0.2, 0.4):
         yield Arm(f"progressive: Coupled, 0.75 to {switch:.0%}", (progressive(switch, stages=(0.75, 1.0)),))
     yield Arm(
@@ -87,16 +98,18 @@ def arms() -> Iterator[Arm]:
     yield Arm("stacked: guidance, cache", (periodic, cache))
     yield Arm("stacked: guidance every 4, cache", (seldom, cache))
     yield Arm("stacked: progressive 40 %, cache", (progressive(0.4), cache))
+    yield Arm("stacked: corrected to 57 %, cache", (progressive(0.57, "Corrected", refresh=4), cache))
+    yield Arm("stacked: guidance, corrected to 57 %", (periodic, progressive(0.57, "Corrected", refresh=4)))
     yield Arm("stacked: guidance, progressive 40 %", (periodic, progressive(0.4)))
     yield Arm("stacked: guidance, progressive 40 %, cache", (periodic, progressive(0.4), cache))
 
 
 def progressive(
-    switches: float | tuple[float, ...], method: str = "Coupled", stages: tuple = (0.5, 1.0)
+    switches: float | tuple[float, ...], method: str = "Coupled", stages: tuple = (0.5, 1.0), refresh: int = 4
 ) -> tuple[str, dict]:
     """Return a request for stages that end at given shares of the steps."""
     shares = list(switches) if isinstance(switches, tuple) else [switches]
-    return "resolution", {"stages": list(stages), "min_side": 2, "switches": shares, "method": method}
+    return "resolution", {"stages": list(stages), "min_side": 2, "switches": shares, "method": method, "refresh": refresh}
 
 
 def patched(model, arm: Arm):
@@ -144,14 +157,17 @@ def sample(model, arm: Arm, pair, shape: tuple[int, ...], seed: int):
     return latent, clock, processor
 
 
-def measure_demo(which: str, prompts: list[str], batch: int, chosen: list[Arm]) -> dict[str, Figures]:
-    """Run every arm on every prompt of a demo model."""
+def measure_demo(
+    which: str, prompts: list[str], batch: int, chosen: list[Arm], side: int | None = None
+) -> dict[str, Figures]:
+    """Run every arm on every prompt of a demo model, at its own size or with ``side`` latent pixels."""
     import torch
     from caching import Bench, psnr
 
     bench = Bench(which)
     work = Work(bench.model.model.diffusion_model, bench.spec["blocks"])
     shape = (batch, *bench.spec["latent"][1:])
+    shape = shape if side is None else (*shape[:-2], side, side)
     figures = {arm.name: Figures() for arm in chosen}
     with torch.inference_mode():
         models = {arm.name: patched(bench.model, arm) for arm in chosen}
@@ -294,13 +310,35 @@ def euler(flow: MixtureFlow, x, sigmas):
     return x, denoised
 
 
+def in_stages(flow: MixtureFlow, plan, start):
+    """Return where Euler's method ends in the stages of ``plan``."""
+    import torch
+
+    from stretto.acceleration.resolution.corrected import Correction
+    from stretto.acceleration.resolution.stages import Path as StagePath
+
+    if plan.refresh:
+        correction = Correction(plan)
+        corrected = SimpleNamespace(
+            denoised=lambda x, sigma: correction.predict(
+                x, sigma, lambda: flow.denoised(x, sigma), lambda latent, q, place: flow.denoised(latent, q)
+            )
+        )
+        return euler(corrected, start, plan.sigmas)[0]
+    path = StagePath(plan, start, torch.zeros_like(start), seed=2)
+    x = path.start()
+    for place, stage in enumerate(plan.stages):
+        x, denoised = euler(flow, x, stage.sigmas)
+        x = path.switch(place, x, denoised) if place + 1 < len(plan.stages) else x
+    return x
+
+
 def measure_analytic(count: int) -> dict[str, dict]:
     """Progressive forms on the analytic flow: PSNR to the full run, and the work, for fixed and for chosen switches."""
     import torch
 
     from stretto.acceleration.resolution.settings import ResolutionSettings
     from stretto.acceleration.resolution.spectrum import SPECTRA
-    from stretto.acceleration.resolution.stages import Path as StagePath
     from stretto.acceleration.resolution.stages import plan_stages
 
     rows, side, steps = {}, 32, 30
@@ -322,16 +360,12 @@ def measure_analytic(count: int) -> dict[str, dict]:
         add(f"{number} steps", euler(flow, start, levels(number))[0], number / steps)
     cases = [{"switches": (share,)} for share in (0.1, 0.2, 1 / 3, 0.5)] + [{"delta": delta} for delta in (0.01, 0.05)]
     for case in cases:
-        for method in ("Coupled", "SPEED", "Fresh noise"):
+        for method in ("Coupled", "Corrected", "SPEED", "Fresh noise"):
             settings = ResolutionSettings(**HALF, method=method, **case)
             plan = plan_stages(settings, levels(steps), (side, side))
             if isinstance(plan, str):
                 continue
-            path = StagePath(plan, start, torch.zeros_like(start), seed=2)
-            x = path.start()
-            for place, stage in enumerate(plan.stages):
-                x, denoised = euler(flow, x, stage.sigmas)
-                x = path.switch(place, x, denoised) if place + 1 < len(plan.stages) else x
+            x = in_stages(flow, plan, start)
             what = f"to {case['switches'][0]:.0%}" if "switches" in case else f"delta {case['delta']:g}"
             add(f"progressive: {method}, half size {what} ({plan.stages[0].last} of {steps} steps)", x, plan.cost)
     return rows
@@ -348,8 +382,8 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--count", type=int, default=8, help="held-out prompts")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="pictures at once (image)")
+    parser.add_argument("--count", type=int, default=4, help="held-out prompts")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8], help="pictures at once (image)")
     parser.add_argument("--arms", default="", help="only arms whose name matches this expression; plain runs stay")
     parser.add_argument("--runs", type=int, default=3, help="of the large network")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves them")
@@ -387,12 +421,15 @@ def main() -> None:
             title = f"random SD3 network, 1,024 image tokens, {LARGE_STEPS} steps, CFG {CFG:g}, time alone"
             keep("large", title, rows, table(rows))
         else:
-            prompts = "heldout_prompts.json" if part == "image" else "heldout_video_prompts.json"
+            which, side = ("image", WIDE) if part == "wide" else (part, None)
+            prompts = "heldout_prompts.json" if which == "image" else "heldout_video_prompts.json"
             texts = json.loads((ROOT / "demo" / prompts).read_text(encoding="utf-8"))[: args.count]
             for batch in args.batch if part == "image" else [1]:
-                rows = rows_of(measure_demo(part, texts, batch, chosen))
+                wanted = chosen if part == "image" else [arm for arm in chosen if SHORT.search(arm.name)]
+                rows = rows_of(measure_demo(which, texts, batch, wanted, side))
+                size = f" at {side * 8}x{side * 8} pixels" if side else ""
                 title = (
-                    f"demo {part} model, {STEPS} Euler steps, CFG {CFG:g}, batch {batch}, {len(texts)} held-out prompts"
+                    f"demo {which} model{size}, {STEPS} Euler steps, CFG {CFG:g}, batch {batch}, {len(texts)} held-out prompts"
                 )
                 keep(f"{part}, batch {batch}", title, rows, table(rows))
 

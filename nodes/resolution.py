@@ -4,11 +4,12 @@ from comfy_api.latest import io
 
 from ..acceleration.hosts import comfy as host
 from ..acceleration.plan import Request
-from ..acceleration.resolution.settings import CUSTOM, METHODS, ResolutionSettings, parse_numbers
+from ..acceleration.resolution.settings import CORRECTED, CUSTOM, METHODS, ResolutionSettings, parse_numbers
 from ..acceleration.resolution.spectrum import SPECTRA, fit_spectrum
 from .inputs import ADVANCED
 
-DEFAULTS = ResolutionSettings()
+#: Corrected stages stay closest to the full run for as much work, and so may last longer (guidance_resolution.py).
+DEFAULTS = ResolutionSettings(method=CORRECTED, delta=0.05)
 
 
 class StrettoProgressiveResolution(io.ComfyNode):
