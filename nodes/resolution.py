@@ -6,10 +6,12 @@ from ..acceleration.hosts import comfy as host
 from ..acceleration.plan import Request
 from ..acceleration.resolution.settings import CORRECTED, CUSTOM, METHODS, ResolutionSettings, parse_numbers
 from ..acceleration.resolution.spectrum import SPECTRA, fit_spectrum
+from ..acceleration.resolution.stages import switch_noise_level
 from .inputs import ADVANCED
 
 #: Corrected stages stay closest to the full run for as much work, and so may last longer (guidance_resolution.py).
 DEFAULTS = ResolutionSettings(method=CORRECTED, delta=0.05)
+STAGES = "0.5, 1"
 
 
 class StrettoProgressiveResolution(io.ComfyNode):
@@ -69,25 +71,40 @@ class StrettoSpectrum(io.ComfyNode):
             display_name="Stretto Spectrum",
             category="Stretto",
             description=(
-                "Fits the power spectrum of some clean latents (VAE Encode of a few of your pictures, or finished samples). "
-                "Its two numbers tell the progressive resolution nodes when small stages may end for this model."
+                "Fits the power spectrum of some clean latents (VAE Encode of a few of your pictures, or finished samples), "
+                "and puts progressive resolution with stages chosen by it on the model: connect the model output and run."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model the latents are for: it tells their scale."),
                 io.Latent.Input("latent", tooltip="Clean latents, the more the better; twenty pictures are plenty."),
+                *[entry for entry in _inputs(optional=True) if entry.id in ("stages", "delta", "min_side")],
             ],
             outputs=[
                 io.Float.Output(display_name="amplitude"),
                 io.Float.Output(display_name="exponent"),
                 io.String.Output(display_name="report"),
+                io.Model.Output(display_name="model", tooltip="The model with progressive resolution by this spectrum."),
             ],
         )
 
     @classmethod
-    def execute(cls, model, latent) -> io.NodeOutput:
-        found = fit_spectrum(model.model.process_latent_in(latent["samples"]))
-        words = f"power = {found.amplitude:.4g} x cycles^-{found.exponent:.4g}, {found.source}"
-        return io.NodeOutput(found.amplitude, found.exponent, words)
+    def execute(
+        cls, model, latent, stages: str = STAGES, delta: float = DEFAULTS.delta, min_side: int = DEFAULTS.min_side
+    ) -> io.NodeOutput:
+        samples = model.model.process_latent_in(latent["samples"])
+        found = fit_spectrum(samples)
+        numbers = {"amplitude": found.amplitude, "exponent": found.exponent, "min_side": min_side}
+        wanted = _request(stages, "", delta, CUSTOM, False, DEFAULTS.method, **numbers)
+        settings = ResolutionSettings.from_mapping(wanted.settings)
+        side = min(samples.shape[-2:])
+        ends = [
+            f"{scale:g} of the side until noise level {switch_noise_level(settings, scale, side):.3f}"
+            for scale in settings.stages
+            if scale < 1.0
+        ]
+        law = f"power = {found.amplitude:.4g} x cycles^-{found.exponent:.4g}, {found.source}"
+        words = f"{law}; at this size with delta {delta:g}: {', '.join(ends) or 'no smaller stage'}"
+        return io.NodeOutput(found.amplitude, found.exponent, words, host.request(model, wanted))
 
 
 def _request(
@@ -104,13 +121,14 @@ def _request(
     return Request("resolution", settings, required=required)
 
 
-def _inputs() -> list[io.Input]:
-    """What both nodes ask for; saved values are positional: append only."""
+def _inputs(optional: bool = False) -> list[io.Input]:
+    """What the nodes ask for; saved values are positional: append only. ``optional`` makes the first ones so."""
     methods = "; ".join(f"{name}: {words}" for name, words in METHODS.items())
     return [
         io.String.Input(
             "stages",
-            default="0.5, 1",
+            default=STAGES,
+            optional=optional,
             tooltip="Sizes in running order, as shares of the side; the last is 1. 0.5, 1 is a good start; "
             "0.5, 0.75, 1 is gentler; 1, 0.5, 1 begins at full size, too.",
         ),
@@ -123,6 +141,7 @@ def _inputs() -> list[io.Input]:
         io.Float.Input(
             "delta",
             default=DEFAULTS.delta,
+            optional=optional,
             min=0.001,
             max=0.5,
             step=0.005,

@@ -125,11 +125,15 @@ def stage_size(full: Size, scale: float, multiple: int) -> Size:
     return tuple(min(max(round(side * scale / multiple) * multiple, multiple), side) for side in full)
 
 
+def switch_noise_level(settings: ResolutionSettings, scale: float, side: int) -> float:
+    """Return the noise level at which a stage of ``scale`` of the side ends, ``side`` being the shorter one in latent pixels."""
+    law = settings.power_law
+    return switch_level(band_power(law.amplitude, law.exponent, scale * side / 2), settings.delta)
+
+
 def switch_step(settings: ResolutionSettings, full: Size, size: Size, sigmas: tuple[float, ...]) -> int:
     """Return the step at which a stage of ``size`` ends: the first whose noise level lies below its switch level."""
-    limit = min(size[0] / full[0], size[1] / full[1]) * min(full) / 2  # cycles over the shorter side
-    law = settings.power_law
-    level = switch_level(band_power(law.amplitude, law.exponent, limit), settings.delta)
+    level = switch_noise_level(settings, min(size[0] / full[0], size[1] / full[1]), min(full))
     return next((step for step, sigma in enumerate(sigmas) if sigma <= level), len(sigmas) - 1)
 
 

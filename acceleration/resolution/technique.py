@@ -44,6 +44,8 @@ class ResolutionTechnique:
                 return Outcome(self.name, OFF, plan)
             plan = whole_run(facts.schedule.sigmas, tuple(facts.latent_shape[-2:]))
         notes = [plan.words(), f"{1 / plan.cost:.2f}x less work for the network where its time is per token"]
+        if not settings.switches and plan.stages[0].r != 1.0:
+            notes.append(f"switches by the spectrum {settings.spectrum} ({settings.power_law.source}), delta {settings.delta:g}")
         if facts.sampler.multistep and not plan.refresh:
             notes.append(f"{facts.sampler.name} begins anew at every switch")
         return Outcome(self.name, ACTIVE, "; ".join(notes), session=ResolutionSession(plan))

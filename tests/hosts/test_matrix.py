@@ -107,11 +107,11 @@ def test_controlnet_takes_part_at_every_size(tiny, wanted, monkeypatch):
         def get_control(self, x, *args):
             return {"output": [torch.full((x.shape[0], x.shape[-2] * x.shape[-1] // 4, 192), 0.1)] * 3}
 
-    control = Fitting()
+    extra = {"control": Fitting(), "control_apply_to_uncond": True}
     monkeypatch.setattr(
         tiny_models,
         "conditioning",
-        lambda *args: [[words, {**rest, "control": control, "control_apply_to_uncond": True}] for words, rest in conditioning(*args)],
+        lambda *args: [[words, {**rest, **extra}] for words, rest in conditioning(*args)],
     )
     _, fast = run(tiny, wanted, family="sd3", shape=(16, 12, 12))
     assert engaged() and torch.isfinite(fast).all()

@@ -355,8 +355,18 @@ def test_the_nodes_ask_for_what_their_inputs_say(tiny):
     rows = torch.arange(16.0)
     power = (1 + rows[:, None] ** 2 + rows**2) ** -1.0
     latent = {"samples": idct(torch.randn(8, 16, 16, 16) * power.sqrt())}
-    amplitude, exponent, words = StrettoSpectrum.execute(tiny("flux"), latent).result
+    amplitude, exponent, words, ready = StrettoSpectrum.execute(tiny("flux"), latent, min_side=2).result
     assert 1.0 < exponent < 2.5 and amplitude > 0 and "16x16" in words
+    (wanted,) = host.plan_of(ready).requests
+    assert wanted.settings["amplitude"] == amplitude and wanted.settings["method"] == "Corrected"
+    sample(ready, "flux", shape=(16, 16, 16), steps=20)
+    stage = trace()["resolution"]["stages"][0]
+    level = float(words.split("0.5 of the side until noise level ")[1])
+    sigmas = trace()["sigmas"]
+    assert 0 < stage["steps"][1] < 20 and sigmas[stage["steps"][1]] <= level + 1e-3 < sigmas[stage["steps"][1] - 1] + 2e-3
+    assert "switches by the spectrum custom (given at the node), delta 0.05" in trace()["techniques"][0]["reason"]
+    with pytest.raises(ConflictError, match="cannot share"):
+        StrettoSpectrum.execute(host.request(tiny("flux"), GROWING), latent)
 
 
 def test_stages_are_chosen_from_the_spectrum(tiny):
