@@ -146,6 +146,24 @@ def kept_by_layer(attention: dict[str, Any]) -> dict[int, float]:
     return {item["layer"]: math.fsum(item["kept"]) / len(item["kept"]) for item in attention["layers"]}
 
 
+def sizes(trace: Trace) -> list[float] | None:
+    """Return the image tokens of each evaluation over those of the largest; None where all have as many."""
+    tokens = [max((branch["tokens"] for branch in entry["branches"]), default=0) for entry in trace["evaluations"]]
+    largest = max(tokens, default=0)
+    if not trace.get("resolution") or not largest or min(tokens) == largest:
+        return None
+    return [count / largest for count in tokens]
+
+
+def run_level(trace: Trace, entry: dict[str, Any]) -> float:
+    """Return the run's noise level at an evaluation; a smaller stage has levels of its own, which stand for it."""
+    levels, position = trace["sigmas"], entry["position"]
+    if not trace.get("resolution") or len(levels) < 2:
+        return entry["sigma"]
+    step = min(int(position), len(levels) - 2)
+    return levels[step] + (position - step) * (levels[step + 1] - levels[step])
+
+
 def saves_work(trace: Trace) -> bool:
     """Whether a technique other than caching made steps cheaper: its gain is measured, not predicted from skipped steps."""
     return any(item["technique"] in CHEAPER_STEPS and item["status"] != "off" for item in trace["techniques"])

@@ -4,12 +4,12 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..acceleration.figures import WORDS, Compared, comparisons, counts, decision_of, rows, steps_of
+from ..acceleration.figures import WORDS, Compared, comparisons, counts, decision_of, rows, run_level, sizes, steps_of
 from ..acceleration.summary import gain, storage
 
 #: Okabe-Ito colours, distinguishable with every common colour vision; patterns repeat the message.
 COLOURS = {"computed": "#0072B2", "forecast": "#E69F00", "reused": "#009E73", "mixed": "#CC79A7"}
-#: Bars of sparse attention.
+#: Bars of sparse attention and of smaller latents.
 SPARSE = "#56B4E9"
 BACKGROUND, INK, FAINT, LIMIT = "#1e1e24", "#f2f2f2", "#8a8a94", "#D55E00"
 WIDTH, MARGIN, ROW, LABEL, BAR = 960, 24, 34, 84, 96
@@ -21,9 +21,9 @@ MOST_SHOWN = 2.5
 def timeline(trace: dict[str, Any], plain: dict[str, Any] | None = None) -> Image.Image:
     """Return the timeline of a ``trace@1`` document as an RGB picture, 960 pixels wide.
 
-    One column an evaluation: a row per branch, one for all where they agree; the share of attention that was kept, where it was
-    sparse; what was compared with the threshold,
-    where there was one; then seconds as bars, and the noise level.
+    One column an evaluation: a row per branch, one for all where they agree; the size of the latent, where it changed; the share
+    of attention that was kept, where it was sparse; what was compared with the threshold, where there was one; then seconds as
+    bars, and the noise level.
 
     Args:
         trace: the run.
@@ -31,7 +31,8 @@ def timeline(trace: dict[str, Any], plain: dict[str, Any] | None = None) -> Imag
     """
     entries, strips, seen = trace["evaluations"], rows(trace), comparisons(trace)
     sparse = any(entry.get("attention_kept") is not None for entry in entries)
-    height = TOP + ROW * (len(strips) + sparse) + (SIGNAL if seen else 0) + BAR + FOOTER
+    small = sizes(trace)
+    height = TOP + ROW * (len(strips) + sparse + (small is not None)) + (SIGNAL if seen else 0) + BAR + FOOTER
     image = Image.new("RGB", (WIDTH, height), BACKGROUND)
     draw = ImageDraw.Draw(image)
     draw.text((MARGIN, 14), _title(trace), fill=INK, font=_font(18))
@@ -45,14 +46,23 @@ def timeline(trace: dict[str, Any], plain: dict[str, Any] | None = None) -> Imag
         for i, decision in enumerate(row):
             _cell(draw, MARGIN + LABEL + i * column, y, column, decision)
         y += ROW
+    if small is not None:
+        _shares(draw, "size", small, y, column)
+        y += ROW
     if sparse:
-        _attention(draw, entries, y, column)
+        kept = [
+            (1.0 if entry.get("attention_kept") is None else entry["attention_kept"])
+            if entry["decision"] in ("computed", "mixed")
+            else None
+            for entry in entries
+        ]
+        _shares(draw, "attention", kept, y, column)
         y += ROW
     if seen:
         _signal(draw, entries, seen, y, column)
         y += SIGNAL
     _bars(draw, entries, y + 8, column)
-    _axis(draw, entries, y + BAR + 16, column)
+    _axis(draw, [run_level(trace, entry) for entry in entries], y + BAR + 16, column)
     _footer(draw, trace, plain, height)
     return image
 
@@ -106,19 +116,19 @@ def _cell(
         draw.line((middle, y, middle, y + height), fill=BACKGROUND, width=2)
 
 
-def _attention(draw: ImageDraw.ImageDraw, entries: list[dict[str, Any]], y: int, column: float) -> None:
-    """Draw how much attention each evaluation computed: full cells where it was complete, bars of the kept share elsewhere."""
-    draw.text((MARGIN, y + 6), "attention", fill=INK, font=_font(14))
-    for i, entry in enumerate(entries):
-        if entry["decision"] not in ("computed", "mixed"):
+def _shares(draw: ImageDraw.ImageDraw, label: str, shares: list[float | None], y: int, column: float) -> None:
+    """Draw a share of each evaluation: full cells for 1, bars in a frame for less, nothing for None."""
+    draw.text((MARGIN, y + 6), label, fill=INK, font=_font(14))
+    for i, share in enumerate(shares):
+        if share is None:
             continue
-        kept, x = entry.get("attention_kept"), MARGIN + LABEL + i * column
+        x = MARGIN + LABEL + i * column
         box = (x, y, x + max(column - 2, 1), y + ROW - 6)
-        if kept is None:
+        if share == 1.0:
             draw.rectangle(box, fill=COLOURS["computed"])
         else:
             draw.rectangle(box, outline=FAINT)
-            draw.rectangle((box[0], box[3] - kept * (ROW - 6), *box[2:]), fill=SPARSE)
+            draw.rectangle((box[0], box[3] - share * (ROW - 6), *box[2:]), fill=SPARSE)
 
 
 def _signal(
@@ -156,11 +166,11 @@ def _bars(draw: ImageDraw.ImageDraw, entries: list[dict[str, Any]], y: int, colu
         draw.rectangle((x, y + BAR - size, x + max(column - 2, 1), y + BAR), fill=COLOURS[decision_of(entries[i])])
 
 
-def _axis(draw: ImageDraw.ImageDraw, entries: list[dict[str, Any]], y: int, column: float) -> None:
-    every = max(1, round(len(entries) / 14))
-    for i in range(0, len(entries), every):
+def _axis(draw: ImageDraw.ImageDraw, levels: list[float], y: int, column: float) -> None:
+    every = max(1, round(len(levels) / 14))
+    for i in range(0, len(levels), every):
         x = MARGIN + LABEL + i * column
-        draw.text((x, y), f"{entries[i]['sigma']:.2f}", fill=FAINT, font=_font(11))
+        draw.text((x, y), f"{levels[i]:.2f}", fill=FAINT, font=_font(11))
     draw.text((MARGIN, y), "noise level", fill=INK, font=_font(14))
 
 

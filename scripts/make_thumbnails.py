@@ -4,7 +4,7 @@
     .venv-panel/bin/python scripts/make_thumbnails.py [--server http://127.0.0.1:8188]
 
 Without --server a ComfyUI is started for it. Each thumbnail shows four prompts (a clip as a row of frames) and, below,
-one cell per step: computed, computed with sparse attention, forecast or reused.
+one cell per step: computed, computed with sparse attention or on a smaller latent, forecast or reused.
 """
 
 import argparse
@@ -107,7 +107,11 @@ def make(client: ComfyClient, path: Path) -> None:
         last = {trace["sampler_node"]: trace["evaluations"] for trace in client.traces(result.prompt_id)}
         samplers = sorted(edit.sampler_ids(api), key=lambda key: int(api[key]["inputs"].get("start_at_step", 0)))
         entries = [entry for key in samplers for entry in last.get(key, ())]
-        decisions = ["sparse" if entry["attention_kept"] is not None else entry["decision"] for entry in entries]
+        tokens = [max((branch["tokens"] for branch in entry["branches"]), default=0) for entry in entries]
+        decisions = [
+            "sparse" if entry["attention_kept"] is not None or 0 < size < max(tokens) else entry["decision"]
+            for entry, size in zip(entries, tokens)
+        ]
     draw(pictures, decisions).save(path.with_suffix(".jpg"), quality=88, optimize=True)
     say(f"{path.with_suffix('.jpg').relative_to(ROOT)}")
 

@@ -111,3 +111,33 @@ def test_the_store_is_the_caches_own_whoever_chose_the_rest(nodes, tiny):  # noq
         assert host.plan_of(model).of("cache")[0].settings["store"] == "as computed"
         (model,) = node.execute(tiny("wan"), *numbers, store="half", **chosen).result
         assert host.plan_of(model).of("cache")[0].settings["store"] == "half"
+
+
+def test_the_report_of_a_stacked_run_draws_sizes_and_multiplies_what_each_technique_saves(tiny):
+    """Smaller stages, saved guidance and a cache in one run: predicted factors are those of its own work."""
+    from stretto.acceleration.figures import run_level, sizes
+    from stretto.acceleration.savings import expected, savings
+    from stretto.nodes.timeline import timeline
+
+    wanted = (
+        Request("resolution", {"stages": [0.5, 1.0], "switches": [0.4], "min_side": 2}),
+        Request("guidance", {"interval": 3, "warmup": 2, "tail": 1}),
+        Request("cache", {"method": "Taylor", "interval": 2, "warmup": 1, "tail": 1}),
+    )
+    model = tiny("wan")
+    for request in wanted:
+        model = host.request(model, request)
+    sample(model, "wan", steps=20, shape=(16, 3, 12, 8))
+    trace = host.TRACES.of_prompt(None)[-1]
+    factors = savings(trace)
+    assert list(factors) == ["resolution", "guidance", "caching"] and factors["guidance"] > 1.0  # caching's goes by the clock
+    assert factors["resolution"] == pytest.approx(1 / trace["resolution"]["cost"], rel=1e-6)
+    assert expected(trace) == pytest.approx(factors["resolution"] * factors["guidance"] * factors["caching"])
+    parts = [f"{name} {factors[key]:.2f}x" for key, name in (
+        ("resolution", "smaller stages"), ("guidance", "guidance saved"), ("caching", "steps skipped"),
+    )]  # fmt: skip
+    assert f"Predicted: {', '.join(parts)}; together {expected(trace):.2f}x." in summary(trace)
+    assert sizes(trace) == [0.25] * 8 + [1.0] * 12
+    levels = [run_level(trace, entry) for entry in trace["evaluations"]]
+    assert levels == pytest.approx(trace["sigmas"][:-1], abs=1e-4)
+    assert timeline(trace).height > timeline({**trace, "resolution": None}).height
