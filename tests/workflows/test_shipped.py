@@ -167,3 +167,12 @@ def test_a_workflow_saved_before_the_cache_had_a_store_keeps_features_as_compute
     assert workflow.ui_to_api(ui, object_info) == wanted  # text is kept by default: it changes no picture
     assert cache["inputs"].pop()["name"] == "store" and cache["widgets_values"].pop() == "as computed"
     assert workflow.ui_to_api(ui, object_info) == wanted
+
+
+def test_a_workflow_saved_before_stages_were_corrected_keeps_its_method(object_info, workflow):
+    ui = json.loads((WORKFLOWS / "demo-image-progressive.json").read_text(encoding="utf-8"))
+    (stages,) = (node for node in ui["nodes"] if node["type"] == "StrettoProgressiveResolution")
+    assert stages["inputs"].pop()["name"] == "refresh" and stages["widgets_values"].pop() == 4
+    stages["widgets_values"][-1] = "Coupled"
+    (found,) = (n for n in workflow.ui_to_api(ui, object_info).values() if n["class_type"] == "StrettoProgressiveResolution")
+    assert found["inputs"]["method"] == "Coupled" and found["inputs"].get("refresh", 4) == 4
