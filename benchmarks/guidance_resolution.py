@@ -1,6 +1,6 @@
 """Guidance saver and progressive resolution beside fewer steps and the published forms: quality for seconds.
 
-    .venv/bin/python benchmarks/guidance_resolution.py [--parts image wide video large analytic] [--count 4] [--batch 8]
+    .venv/bin/python benchmarks/guidance_resolution.py [--parts image wide video large analytic] [--count 3] [--batch 8]
                                                        [--arms REGEX] [--threads 1] [--comfyui .comfyui] [--out FILE]
 
 In process, the arms of a prompt one after the other (drifts of the machine hit all alike), after a discarded warm-up.
@@ -196,7 +196,7 @@ def measure_large(runs: int, wanted: list[Arm]) -> dict[str, Figures]:
     with torch.inference_mode():
         model, pair = large_model()
         work = Work(model.model.diffusion_model, "joint_blocks")
-        chosen = [arm for arm in wanted if not re.search(r"steps$|SPEED|Fresh", arm.name)]
+        chosen = [arm for arm in wanted if SHORT.search(arm.name) and not arm.name.endswith(" steps")]
         chosen = [Arm(arm.name, arm.requests, LARGE_STEPS) for arm in chosen]
         figures = {arm.name: Figures() for arm in chosen}
         models = {arm.name: patched(model, arm) for arm in chosen}
@@ -381,8 +381,8 @@ def short_table(rows: dict[str, dict]) -> str:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--count", type=int, default=4, help="held-out prompts")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:-1]), help="large takes longest")
+    parser.add_argument("--count", type=int, default=3, help="held-out prompts")
     parser.add_argument("--batch", type=int, nargs="+", default=[8], help="pictures at once (image)")
     parser.add_argument("--arms", default="", help="only arms whose name matches this expression; plain runs stay")
     parser.add_argument("--runs", type=int, default=3, help="of the large network")
