@@ -36,7 +36,9 @@ GOALS = {"guidance": 1.25, "progressive": 1.3}
 PARTS = ("analytic", "image", "wide", "video", "large")
 WIDE = 32
 #: Arms of the parts that take longer.
-SHORT = re.compile(r"plain|(22|21|20|18|16) steps|every 2, from|Periodic, from|Cor|Coupled, half size to (20|40)|every 2$|stacked: .*corrected")
+SHORT = re.compile(
+    r"plain|(22|21|20|18|16) steps|every 2, from|Periodic, from|Cor|Coupled, half size to (20|40)|every 2$|stacked: .*corrected"
+)
 HALF = {"stages": [0.5, 1.0], "min_side": 2}
 
 
