@@ -23,6 +23,7 @@ import folder_paths
 import torch
 
 from ...kernels import quantized_linear
+from ..embeddings.rows import FileRows, MemoryRows, Rows, find_tables, vocabulary_note
 from ..errors import StrettoError
 from ..quantization.architectures import find_architecture
 from ..quantization.arena import (
@@ -39,7 +40,7 @@ from ..quantization.arena import (
 )
 from ..quantization.balancing import COLUMNS, ROWS
 from ..quantization.checkpoints import Checkpoint, open_checkpoint
-from ..quantization.files import Stored
+from ..quantization.files import FileTensor, Stored
 from ..quantization.formats import (
     COMFY,
     GGUF,
@@ -57,11 +58,14 @@ from ..quantization.layouts import Awq, Fp8, Int8Rows, Packed
 from ..quantization.load_report import LoadReport, linear_share, speed_words
 from ..quantization.quantizing import BLOCK, plan_file, rotation_checks
 from ..quantization.renaming import comfy_names
+from .comfy_vocabulary import placeholder, row_operations
 
 AS_IS = "as in the file"
 AUTOMATIC, STRETTO, CORE = "automatic", "Stretto", "ComfyUI"
 #: Bytes of decoded weights kept on a processor where nothing else is said.
 KEEP = 1 << 30
+#: Where the vocabulary table of a text encoder is kept.
+LOADED, IN_FILE, IN_MEMORY = VOCABULARIES = ("loaded", "rows from the file", "rows from system memory")
 log = logging.getLogger("stretto")
 
 
@@ -113,7 +117,12 @@ def _load_again(path: str, format: str, loader: str, lora: str, keep: int, disab
 
 
 def load_text_encoder(
-    paths: Sequence[str], clip_type: str, format: str = AS_IS, loader: str = AUTOMATIC, embeddings: Any = None
+    paths: Sequence[str],
+    clip_type: str,
+    format: str = AS_IS,
+    loader: str = AUTOMATIC,
+    embeddings: Any = None,
+    vocabulary: str = LOADED,
 ) -> tuple[Any, tuple[LoadReport, ...]]:
     """Load the text encoders of a model as :func:`load_diffusion_model` loads a model; their products stay in 16 or 32 bit.
 
@@ -123,6 +132,8 @@ def load_text_encoder(
         format: see :func:`load_diffusion_model`.
         loader: see there.
         embeddings: folders of embeddings.
+        vocabulary: :data:`LOADED` with the other weights, or its rows read when a prompt needs them: :data:`IN_FILE` or
+            :data:`IN_MEMORY` of the system.
 
     Returns:
         CLIP and a report per file.
@@ -134,11 +145,17 @@ def load_text_encoder(
     if kind is None:
         known = ", ".join(each.name.lower() for each in comfy.sd.CLIPType)
         raise StrettoError(f"text encoder type {clip_type!r}: this ComfyUI knows {known}")
-    files = [_prepared_encoder(path, format, loader) for path in paths]
+    if vocabulary not in VOCABULARIES:
+        raise StrettoError(f"vocabulary {vocabulary!r:.40}: known are {', '.join(VOCABULARIES)}")
+    if vocabulary != LOADED and loader == CORE:
+        raise StrettoError(f"loader {CORE!r} loads vocabularies whole; choose {AUTOMATIC!r}, or vocabulary {LOADED!r}")
+    files = [_prepared_encoder(path, format, loader, vocabulary) for path in paths]
     if all(file.core for file in files):
         reports = tuple(file.report for file in files)
         return comfy.sd.load_clip(list(paths), embedding_directory=embeddings, clip_type=kind), reports
-    files = [_prepared_encoder(path, format, STRETTO) if file.core else file for path, file in zip(paths, files)]
+    files = [
+        _prepared_encoder(path, format, STRETTO, vocabulary) if file.core else file for path, file in zip(paths, files)
+    ]
     packed: dict[str, tuple[Packed, bool]] = {}
     for path, file in zip(paths, files):
         double = next((layer for layer in file.packed if layer in packed), None)
@@ -147,19 +164,27 @@ def load_text_encoder(
                 f"{path}: {double} is quantized in another of these encoders too; quantize one of the two alone"
             )
         packed |= file.packed
+    operations = quantized_operations(packed, REQUANTIZE)
+    tables = [table for file in files for table in file.tables]
+    if tables:
+        operations, taken = row_operations(operations, tables)
     clip = comfy.sd.load_text_encoder_state_dicts(
         [file.tensors for file in files],
         embedding_directory=embeddings,
         clip_type=kind,
-        model_options={"custom_operations": quantized_operations(packed, REQUANTIZE)},
+        model_options={"custom_operations": operations},
     )
     _require_all_taken(", ".join(paths), packed)
+    if tables and not taken:
+        raise StrettoError(
+            f"{', '.join(paths)}: ComfyUI's model has no place for a vocabulary by rows; choose vocabulary {LOADED!r}"
+        )
     return clip, tuple(file.report for file in files)
 
 
-def _prepared_encoder(path: str, format: str, loader: str) -> "_Prepared":
+def _prepared_encoder(path: str, format: str, loader: str, vocabulary: str) -> "_Prepared":
     with open_checkpoint(path) as checkpoint:
-        return _prepare(checkpoint, format, loader, text=True)
+        return _prepare(checkpoint, format, loader, text=True, vocabulary=vocabulary)
 
 
 @dataclass
@@ -169,9 +194,12 @@ class _Prepared:
     tensors: dict[str, torch.Tensor]
     packed: dict[str, tuple[Packed, bool]]
     folds: dict[str, FoldedBy]
+    tables: tuple[Rows, ...] = ()
 
 
-def _prepare(checkpoint: Checkpoint, format: str, loader: str, text: bool = False, keep: int = 0) -> _Prepared:
+def _prepare(
+    checkpoint: Checkpoint, format: str, loader: str, text: bool = False, keep: int = 0, vocabulary: str = LOADED
+) -> _Prepared:
     """Decide who loads, and read the file if it is us."""
     path = str(checkpoint.paths[0])
     stored, renamed = comfy_names(checkpoint.tensors)
@@ -182,9 +210,14 @@ def _prepare(checkpoint: Checkpoint, format: str, loader: str, text: bool = Fals
         )
     logical = dequantized(found)
     architecture = find_architecture(logical)
+    tables = find_tables(logical) if vocabulary != LOADED else ()
     core, why = _who(found, format, loader, len(checkpoint.paths) > 1, text)
+    if core and tables:
+        core, why = False, "ComfyUI loads vocabularies whole"
     weights = sum(math.prod(tensor.shape) for tensor in logical.values())
     notes = (*checkpoint.notes, *([renamed] if renamed else []), *found.notes)
+    if vocabulary != LOADED and not tables:
+        notes = (*notes, vocabulary_note((), 0))
     if core:
         layers = Counter(layer.layout.name for layer in found.layers.values())
         report = LoadReport(
@@ -193,12 +226,19 @@ def _prepare(checkpoint: Checkpoint, format: str, loader: str, text: bool = Fals
         return _Prepared(True, report, {}, {}, {})
     if format != AS_IS:
         packed, rest = _quantized(checkpoint, format)
+    elif tables and found.kind == PLAIN_FP8:
+        packed, rest = {}, dict(found.plain)  # our operations cast them as ComfyUI's do
     else:
         packed, rest = _packed(path, checkpoint, found)
     folds = _folds(found, rest)
     floats = [tensor.dtype for tensor in rest.values() if tensor.dtype in (torch.float16, torch.bfloat16)]
     dtype = torch.float16 if floats.count(torch.float16) * 2 > len(floats) else torch.bfloat16
+    rows = {name: _rows(rest.pop(name), vocabulary) for name in tables if name in rest}
+    left = sum(math.prod(table.shape) * table.dtype.itemsize for table in rows.values())
+    if rows:
+        notes = (*notes, vocabulary_note(rows.values(), left))
     tensors = {name: tensor.read() for name, tensor in rest.items()}
+    tensors |= {name: placeholder(table) for name, table in rows.items()}
     # ComfyUI tells an architecture by shapes: a placeholder without storage shows it the logical one.
     tensors |= {
         f"{layer}.weight": torch.empty(item.shape, dtype=dtype, device="meta") for layer, (item, _) in packed.items()
@@ -210,7 +250,14 @@ def _prepare(checkpoint: Checkpoint, format: str, loader: str, text: bool = Fals
         Counter(item.layout.name for item, _ in packed.values()), _kernels(packed, keep), nbytes, 2 * weights, share, tokens,
         notes,
     )  # fmt: skip
-    return _Prepared(False, report, tensors, packed, folds)
+    return _Prepared(False, report, tensors, packed, folds, tuple(rows.values()))
+
+
+def _rows(tensor: Stored, vocabulary: str) -> Rows:
+    """The rows of a vocabulary table: in its file where it lies there as it is, else in system memory."""
+    if vocabulary == IN_FILE and isinstance(tensor, FileTensor):
+        return FileRows.of(tensor)
+    return MemoryRows(tensor.read())
 
 
 def _who(found: Found, format: str, loader: str, sharded: bool, text: bool) -> tuple[bool, str]:
