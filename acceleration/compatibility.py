@@ -15,6 +15,7 @@ from .guidance.technique import GuidanceTechnique
 from .measure import MeasureTechnique
 from .plan import Plan, Request
 from .resolution.technique import ResolutionTechnique
+from .temporal_features.technique import TemporalTechnique
 
 
 class Technique(Protocol):
@@ -43,6 +44,7 @@ TECHNIQUES: dict[str, Technique] = {
         AttentionTechnique(),
         PlannedTechnique(),
         ProbeTechnique(),
+        TemporalTechnique(),
     )
 }
 

@@ -1,6 +1,6 @@
 """One evaluation of the sampler, the batched network calls inside it, and what became of them."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,9 @@ class Call:
         hollow: outputs of the attention in progress that will be put in, so that the attention itself need not run.
         context_tokens: length of the text that the network is given, 0 where it is given none.
         references: whether the network is given reference pictures, whose tokens may stand beside the target's.
+        weights: identity of everything that changes what the network's weights are: LoRAs, hooks, patched modules.
+        rehearse: noise levels -> the vectors that the blocks would be modulated with there, the first blocks' inputs at the
+            call's own shape; empty where the host cannot tell. None where nobody asks.
         attending: the module whose self-attention comes next, as far as somebody keeps track; None elsewhere.
     """
 
@@ -131,6 +134,8 @@ class Call:
     context_tokens: int = 0
     references: bool = False
     attending: ModuleSite | None = None
+    weights: Hashable = ()
+    rehearse: Callable[[Sequence[float]], list[torch.Tensor]] | None = None
 
     def part(self, tensor: torch.Tensor, index: int) -> torch.Tensor:
         """Return the rows of branch ``index`` as a view of ``tensor``."""

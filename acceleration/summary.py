@@ -46,6 +46,7 @@ def summary(trace: Trace, plain: Trace | None = None) -> str:
         *_line(storage(trace)),
         *_line(_changes(trace)),
         *_attention(trace),
+        *_features(trace),
         *(f"{item['technique']}: {item['status']}. {item['reason']}" for item in trace["techniques"]),
         *trace["notes"],
         *(f"Advice: {words}" for words in advice(trace)),
@@ -76,6 +77,22 @@ def storage(trace: Trace) -> str:
         allowed = min(item["budget_bytes"] for item in techniques)
         words += f", {mebibytes(announced)} announced, {mebibytes(allowed)} allowed"
     return f"{words}."
+
+
+def _features(trace: Trace) -> list[str]:
+    """Return, by component, what tables stood for: bytes before and after, and whether they were exact."""
+    section = trace.get("features")
+    if not section:
+        return []
+    lines = [f"Feature tables: {mebibytes(section['table_bytes'])} for {section['entries']} timesteps and prompts."]
+    for item in section["components"]:
+        left = f" ({item['left']} left as they were)" if item["left"] else ""
+        exact = "equal to the bit" if item["exact"] else "rounded as one product rounds them"
+        lines.append(
+            f"{item['name']}: {item['layers']} layers, weights {mebibytes(item['weight_bytes'])}, of which "
+            f"{mebibytes(item['loaded_bytes'])} loaded; {item['computed']} computed, {item['reused']} looked up{left}; {exact}."
+        )
+    return lines
 
 
 def _strips(trace: Trace) -> list[str]:

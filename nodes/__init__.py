@@ -21,6 +21,7 @@ from .resolution import StrettoProgressiveResolution, StrettoProgressiveSampler,
 from .routes import register_routes
 from .schedule import StrettoCacheSchedule
 from .sparse_attention import StrettoSparseAttention
+from .temporal_features import StrettoTemporalFeatureCache
 
 DEMO_MODELS = Path(__file__).resolve().parent.parent / "demo" / "models"
 
@@ -62,4 +63,5 @@ class StrettoExtension(ComfyExtension):
             StrettoProgressiveResolution,
             StrettoProgressiveSampler,
             StrettoSpectrum,
+            StrettoTemporalFeatureCache,
         ]

@@ -80,16 +80,32 @@ class StrettoLoadDiffusionModel(io.ComfyNode):
                     "layers and fp8 are decoded anew in every step beyond it. A GPU keeps none.",
                     **ADVANCED,
                 ),
+                io.Combo.Input(
+                    "feature_weights",
+                    options=list(host.FEATURE_WEIGHTS),
+                    default=host.LOADED,
+                    optional=True,
+                    tooltip="Weights that see the timestep alone (a quarter to a third of FLUX, Qwen-Image and SD3.5) or the "
+                    "prompt alone (a seventh of Wan). Read from the file: they are never loaded, and Stretto Temporal Feature "
+                    "Cache keeps what they make.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[io.Model.Output(display_name="model"), io.String.Output(display_name="report")],
         )
 
     @classmethod
     def execute(
-        cls, model_name: str, format: str, lora: str, loader: str, keep_decoded: int = host.KEEP >> 20
+        cls,
+        model_name: str,
+        format: str,
+        lora: str,
+        loader: str,
+        keep_decoded: int = host.KEEP >> 20,
+        feature_weights: str = host.LOADED,
     ) -> io.NodeOutput:
         path = path_of("diffusion_models", model_name)
-        model, report = host.load_diffusion_model(path, format, loader, lora, keep_decoded << 20)
+        model, report = host.load_diffusion_model(path, format, loader, lora, keep_decoded << 20, feature_weights)
         return io.NodeOutput(model, report.text())
 
 

@@ -66,7 +66,7 @@ class FileRows:
         if entry is None:
             raise StrettoError(f"{path}: has no tensor {name!r:.100}")
         if len(entry.shape) != 2 or 0 in entry.shape:
-            raise StrettoError(f"{path}: {name!r:.100} is {list(entry.shape)}; a vocabulary table has rows and a width")
+            raise StrettoError(f"{path}: {name!r:.100} is {list(entry.shape)}; a table has rows and a width")
         if entry.dtype not in DTYPES:
             raise StrettoError(
                 f"{path}: {name!r:.100} is {entry.dtype}; rows are read of fp32, fp16, bf16 and fp8 tables"
@@ -90,17 +90,25 @@ class FileRows:
         """Dtype of the rows."""
         return self.entry.dtype
 
+    def whole(self) -> torch.Tensor:
+        """Return all rows; raises as :meth:`gather`."""
+        self._require_same()
+        return FileTensor(self.file, self.entry).read()
+
+    def _require_same(self) -> None:
+        if _identity(self.file.path) != self.identity:
+            raise StrettoError(
+                f"{self.file.path}: was changed, replaced or removed after the model was loaded, and parts of it are read when "
+                "they are needed; load the model again"
+            )
+
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
         """Return rows; see :class:`Rows`.
 
         Raises:
             StrettoError: the file is not the one that was opened any more.
         """
-        if _identity(self.file.path) != self.identity:
-            raise StrettoError(
-                f"{self.file.path}: was changed, replaced or removed after the text encoder was loaded, and its vocabulary is "
-                "read from it; load the text encoder again"
-            )
+        self._require_same()
         stride = self.shape[1] * self.dtype.itemsize
         made = torch.empty(len(ids), stride, dtype=torch.uint8)
         wanted, first = ids.tolist(), 0

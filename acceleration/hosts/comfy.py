@@ -28,9 +28,11 @@ from ..plan import Plan, Request
 from ..resolve import Execution, resolve
 from ..run import RunState
 from ..sampling import SamplerTraits, schedule_of, traits_of
+from ..temporal_features.session import FeatureSession
 from ..trace import TraceBuilder
 from .comfy_attention import attend_with
 from .comfy_device import clock_for, peak_memory, start_peak_memory, synchronize
+from .comfy_features import reach_features, rehearsal, weights_identity
 from .comfy_guidance import save_guidance
 from .comfy_modules import layout, modules_in_place, reach_modules, skip_hollow_attention
 from .comfy_resolution import ProgressiveSampler, carried_request, in_stages, with_stage_obstacle
@@ -72,6 +74,7 @@ def request(model: Any, wanted: Request) -> Any:
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     if inside_blocks(plan):
         reach_modules(clone, plan, _CALL.get)
+    reach_features(clone, plan, _CALL.get)
     return clone
 
 
@@ -353,6 +356,10 @@ def _apply_model(run: RunState, hooks: dict[tuple[str, int], _Hook], facts: Fact
 
         call = _make_call(run.evaluation, executor.class_obj, x, sigma, options, hooks, facts, _control(args, kwargs))
         call.context_tokens, call.references = _context_tokens(args, kwargs), _references(kwargs)
+        if any(isinstance(session, FeatureSession) for session in run.sessions):
+            call.weights = weights_identity(executor.class_obj), _weight_hooks(executor.class_obj)
+            first = next(iter(run.sites), None)
+            call.rehearse = first and rehearsal(executor, x, sigma, args, kwargs, options, first)
         if run.inside_blocks:
             call.layout = layout((x, args, sorted(kwargs.items())))
             call.inside = run.module

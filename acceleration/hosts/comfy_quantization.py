@@ -58,6 +58,8 @@ from ..quantization.layouts import Awq, Fp8, Int8Rows, Packed
 from ..quantization.load_report import LoadReport, linear_share, speed_words
 from ..quantization.quantizing import BLOCK, plan_file, rotation_checks
 from ..quantization.renaming import comfy_names
+from ..temporal_features.layers import feature_note, feature_weights
+from .comfy_features import file_operations, file_placeholder
 from .comfy_vocabulary import placeholder, row_operations
 
 AS_IS = "as in the file"
@@ -66,11 +68,18 @@ AUTOMATIC, STRETTO, CORE = "automatic", "Stretto", "ComfyUI"
 KEEP = 1 << 30
 #: Where the vocabulary table of a text encoder is kept.
 LOADED, IN_FILE, IN_MEMORY = VOCABULARIES = ("loaded", "rows from the file", "rows from system memory")
+#: Where weights that see the timestep or the prompt alone are kept.
+FEATURE_WEIGHTS = (LOADED, "read from the file")
 log = logging.getLogger("stretto")
 
 
 def load_diffusion_model(
-    path: str, format: str = AS_IS, loader: str = AUTOMATIC, lora: str = BRANCH, keep: int = KEEP
+    path: str,
+    format: str = AS_IS,
+    loader: str = AUTOMATIC,
+    lora: str = BRANCH,
+    keep: int = KEEP,
+    features: str = LOADED,
 ) -> tuple[Any, LoadReport]:
     """Load a diffusion model, quantized or to be quantized while loading.
 
@@ -80,6 +89,7 @@ def load_diffusion_model(
         loader: :data:`AUTOMATIC` leaves what ComfyUI loads best to it.
         lora: :data:`BRANCH` keeps LoRAs exact beside the weights, :data:`REQUANTIZE` rounds them into the weights.
         keep: bytes of decoded weights that are kept from step to step where the model runs on a processor.
+        features: ``"read from the file"`` leaves weights that see the timestep or the prompt alone in the file.
 
     Returns:
         MODEL and the report.
@@ -87,12 +97,17 @@ def load_diffusion_model(
     Raises:
         StrettoError: the file is damaged, in a format that cannot be read, or of an architecture that ComfyUI does not know.
     """
+    if features not in FEATURE_WEIGHTS:
+        raise StrettoError(f"feature weights {features!r:.40}: known are {', '.join(FEATURE_WEIGHTS)}")
+    if features != LOADED and loader == CORE:
+        raise StrettoError(f"loader {CORE!r} loads all weights; choose {AUTOMATIC!r}, or feature weights {LOADED!r}")
     with open_checkpoint(path) as checkpoint:
-        prepared = _prepare(checkpoint, format, loader, keep=keep)
+        prepared = _prepare(checkpoint, format, loader, keep=keep, features=features)
         if prepared.core:
             return comfy.sd.load_diffusion_model(path), prepared.report
         items = [item for item, full in prepared.packed.values() if not full]
         operations = quantized_operations(prepared.packed, lora, prepared.folds, keep)
+        operations, taken = file_operations(operations)
         metadata = {key: value for key, value in checkpoint.metadata.items() if key != METADATA_KEY}
         model = comfy.sd.load_diffusion_model_state_dict(
             prepared.tensors, model_options={"custom_operations": operations}, metadata=metadata
@@ -100,8 +115,13 @@ def load_diffusion_model(
     if model is None:
         raise StrettoError(f"{path}: ComfyUI does not know the architecture of this file")
     _require_all_taken(path, prepared.packed)
+    if len(taken) != len(prepared.sources):
+        raise StrettoError(
+            f"{path}: {len(prepared.sources) - len(taken)} weights left in the file found no place in ComfyUI's model; choose "
+            f"feature weights {LOADED!r}"
+        )
     if hasattr(model, "cached_patcher_init"):  # newer ComfyUI makes further copies of a model by loading it again
-        model.cached_patcher_init = (_load_again, (path, format, loader, lora, keep))
+        model.cached_patcher_init = (_load_again, (path, format, loader, lora, keep, features))
     words = speed_words(items, _computes_in(model), comfy.model_management.get_torch_device())
     report = replace(prepared.report, notes=(*prepared.report.notes, *([words] if words else [])))
     log.info("%s", report.text())
@@ -112,8 +132,10 @@ def _computes_in(model: Any) -> torch.dtype:
     return getattr(model.model, "manual_cast_dtype", None) or model.model.get_dtype()
 
 
-def _load_again(path: str, format: str, loader: str, lora: str, keep: int, disable_dynamic: bool = False) -> Any:
-    return load_diffusion_model(path, format, loader, lora, keep)[0]
+def _load_again(
+    path: str, format: str, loader: str, lora: str, keep: int, features: str, disable_dynamic: bool = False
+) -> Any:
+    return load_diffusion_model(path, format, loader, lora, keep, features)[0]
 
 
 def load_text_encoder(
@@ -195,10 +217,17 @@ class _Prepared:
     packed: dict[str, tuple[Packed, bool]]
     folds: dict[str, FoldedBy]
     tables: tuple[Rows, ...] = ()
+    sources: tuple[FileRows, ...] = ()
 
 
 def _prepare(
-    checkpoint: Checkpoint, format: str, loader: str, text: bool = False, keep: int = 0, vocabulary: str = LOADED
+    checkpoint: Checkpoint,
+    format: str,
+    loader: str,
+    text: bool = False,
+    keep: int = 0,
+    vocabulary: str = LOADED,
+    features: str = LOADED,
 ) -> _Prepared:
     """Decide who loads, and read the file if it is us."""
     path = str(checkpoint.paths[0])
@@ -214,10 +243,15 @@ def _prepare(
     core, why = _who(found, format, loader, len(checkpoint.paths) > 1, text)
     if core and tables:
         core, why = False, "ComfyUI loads vocabularies whole"
+    lazy = feature_weights(architecture, found.plain) if features != LOADED else ()
+    if core and lazy:
+        core, why = False, "ComfyUI loads all weights"
     weights = sum(math.prod(tensor.shape) for tensor in logical.values())
     notes = (*checkpoint.notes, *([renamed] if renamed else []), *found.notes)
     if vocabulary != LOADED and not tables:
         notes = (*notes, vocabulary_note((), 0))
+    if features != LOADED and not lazy:
+        notes = (*notes, "no weights that see the timestep or the prompt alone: all are loaded")
     if core:
         layers = Counter(layer.layout.name for layer in found.layers.values())
         report = LoadReport(
@@ -226,7 +260,7 @@ def _prepare(
         return _Prepared(True, report, {}, {}, {})
     if format != AS_IS:
         packed, rest = _quantized(checkpoint, format)
-    elif tables and found.kind == PLAIN_FP8:
+    elif (tables or lazy) and found.kind == PLAIN_FP8:
         packed, rest = {}, dict(found.plain)  # our operations cast them as ComfyUI's do
     else:
         packed, rest = _packed(path, checkpoint, found)
@@ -237,7 +271,13 @@ def _prepare(
     left = sum(math.prod(table.shape) * table.dtype.itemsize for table in rows.values())
     if rows:
         notes = (*notes, vocabulary_note(rows.values(), left))
+    sources = {
+        name: FileRows.of(rest.pop(name)) for name in lazy if isinstance(rest.get(name), FileTensor)
+    }
+    if sources:
+        notes = (*notes, feature_note(sources.values()))
     tensors = {name: tensor.read() for name, tensor in rest.items()}
+    tensors |= {name: file_placeholder(source) for name, source in sources.items()}
     tensors |= {name: placeholder(table) for name, table in rows.items()}
     # ComfyUI tells an architecture by shapes: a placeholder without storage shows it the logical one.
     tensors |= {
@@ -250,7 +290,7 @@ def _prepare(
         Counter(item.layout.name for item, _ in packed.values()), _kernels(packed, keep), nbytes, 2 * weights, share, tokens,
         notes,
     )  # fmt: skip
-    return _Prepared(False, report, tensors, packed, folds, tuple(rows.values()))
+    return _Prepared(False, report, tensors, packed, folds, tuple(rows.values()), tuple(sources.values()))
 
 
 def _rows(tensor: Stored, vocabulary: str) -> Rows:

@@ -38,6 +38,7 @@ AURAFLOW = ModelDescriptor(
     tea_input=_modulated_image,
     module_lists=(("double_block", "double_layers", _DOUBLE), ("single_block", "single_layers", _SINGLE)),
     joint_text=lambda network: "first",
+    modulations=(("double_layers", ("modC", "modX")), ("single_layers", ("modCX",))),
     joint_text_tokens=lambda network, tokens: tokens + network.register_tokens.shape[1],
     variant=_variant,
 )

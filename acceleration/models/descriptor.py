@@ -102,6 +102,8 @@ class ModelDescriptor:
             text, or a picture that is a condition, which is the same at every step; every further part is given what the
             part before it returned. Absent parts are left out.
         text_tokens: length of the text that these are given, as far as it is known beforehand.
+        modulations: (attribute holding blocks, paths in each of them) of modules that are given the vector which hooks of
+            blocks get as ``args["vec"]`` and nothing else: timestep, and with some families guidance and pooled text.
         variant: network -> name, within the family, of the published model that has exactly these sizes, as presets
             spell it; "" for others. Models that differ in weights alone share a name.
     """
@@ -126,6 +128,7 @@ class ModelDescriptor:
     joint_text_tokens: Callable[[Any, int], int] = _as_given
     text_projections: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
     text_tokens: int = 512
+    modulations: tuple[tuple[str, tuple[str, ...]], ...] = ()
     variant: Callable[[Any], str] = _no_variant
 
     @property
@@ -174,6 +177,15 @@ class ModelDescriptor:
                         for place, path in enumerate(full)
                     ]
         return tuple(made)
+
+    def modulation_parts(self, network: Any) -> tuple[str, ...]:
+        """Return the paths of modules of ``network`` that depend on the timestep's vector alone, in execution order."""
+        return tuple(
+            f"{name}.{index}.{path}"
+            for name, paths in self.modulations
+            for index, block in enumerate(getattr(network, name, ()))
+            for path in present(block, paths)
+        )
 
     def module_blocks(self, network: Any) -> int:
         """Return the number of blocks whose modules can be cached."""

@@ -9,7 +9,7 @@ import torch
 
 from .descriptor import ModelDescriptor
 from .modulation import modulate
-from .modules import FLUX_DOUBLE, FLUX_SINGLE
+from .modules import FLUX_DOUBLE, FLUX_MODULATIONS, FLUX_SINGLE
 
 #: (width, double blocks, single blocks, patch side, input channels per pixel, guidance embedding). Kontext has the
 #: sizes of FLUX.1 [dev].
@@ -69,6 +69,7 @@ FLUX = ModelDescriptor(
     tea_input=modulated_image,
     module_lists=(("double_block", "double_blocks", FLUX_DOUBLE), ("single_block", "single_blocks", FLUX_SINGLE)),
     joint_text=lambda network: "first",
+    modulations=FLUX_MODULATIONS,  # FLUX.2's three are shared by all blocks
     variant=_flux_variant,
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .descriptor import ModelDescriptor
 from .flux import modulated_image
-from .modules import FLUX_DOUBLE, FLUX_SINGLE
+from .modules import FLUX_DOUBLE, FLUX_MODULATIONS, FLUX_SINGLE
 
 #: (width, double blocks, single blocks, patch, input channels, output channels)
 _VARIANTS = {
@@ -48,5 +48,6 @@ HUNYUAN_VIDEO = ModelDescriptor(
     module_lists=(("double_block", "double_blocks", FLUX_DOUBLE), ("single_block", "single_blocks", FLUX_SINGLE)),
     joint_text=_joint_text,
     joint_text_tokens=_joint_text_tokens,
+    modulations=FLUX_MODULATIONS,
     variant=_variant,
 )

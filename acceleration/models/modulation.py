@@ -40,6 +40,7 @@ def leading(linear: torch.nn.Module, x: torch.Tensor, width: int) -> torch.Tenso
     plain = (
         type(weight) is torch.nn.Parameter
         and weight.dtype in _PLAIN
+        and weight.dim() == 2
         and weight.device == x.device
         and not (own["_forward_hooks"] or own.get("weight_function") or "forward" in own)
     )

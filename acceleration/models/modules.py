@@ -104,3 +104,4 @@ FLUX_DOUBLE = (
     Layout((MLP,), ("img_mlp", "txt_mlp")),
 )
 FLUX_SINGLE = (Layout((ATTN, MLP), ("linear2",), ("linear1", "mlp_act")),)
+FLUX_MODULATIONS = (("double_blocks", ("img_mod", "txt_mod")), ("single_blocks", ("modulation",)))

@@ -33,5 +33,6 @@ QWEN_IMAGE = ModelDescriptor(
     tea_input=_modulated_image,
     module_lists=(("double_block", "transformer_blocks", _MODULES),),
     joint_text=lambda network: "first",
+    modulations=(("transformer_blocks", ("img_mod", "txt_mod")),),
     variant=_variant,
 )

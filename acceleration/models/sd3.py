@@ -49,5 +49,6 @@ SD3 = ModelDescriptor(
     tea_input=_modulated_image,
     module_lists=(("double_block", "joint_blocks", _MODULES),),
     joint_text=lambda network: "first",
+    modulations=(("joint_blocks", ("x_block.adaLN_modulation", "context_block.adaLN_modulation")),),
     variant=_variant,
 )

@@ -74,7 +74,7 @@ def test_a_file_that_changed_underneath_is_named(tmp_path, change):
     rows = FileRows.open(path, NAME)
     embed(rows, torch.tensor([1, 2]))
     CHANGES[change](path)
-    with pytest.raises(StrettoError, match=r"text\.safetensors: was changed, replaced or removed .* load the text encoder"):
+    with pytest.raises(StrettoError, match=r"text\.safetensors: was changed, replaced or removed .* load the model again"):
         embed(rows, torch.tensor([1, 2]))
 
 
