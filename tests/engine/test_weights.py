@@ -1,0 +1,275 @@
+"""Combined checkpoints, searched coefficients and pruned depth (T16)."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stretto.acceleration.errors import StrettoError
+from stretto.acceleration.quantization import writer
+from stretto.acceleration.quantization.checkpoints import open_checkpoint
+from stretto.acceleration.weights import depth as depths
+from stretto.acceleration.weights.combining import METADATA_KEY, open_combination, weighted, write_combination
+from stretto.acceleration.weights.depth import (
+    Depth,
+    find_depth,
+    intervals,
+    parse_drop,
+    preset_drop,
+    prune_file,
+    prune_lora,
+)
+from stretto.acceleration.weights.search import Search, SearchSettings
+
+
+def tensors(seed, dtype=torch.float16):
+    generator = torch.Generator().manual_seed(seed)
+    made = {f"blocks.{i}.weight": torch.randn(24, 16, generator=generator).to(dtype) for i in range(3)}
+    made["bias"] = torch.randn(5, generator=generator).to(dtype)
+    made["bias"][0] = -0.0
+    made["scalar"] = torch.tensor(0.5 + seed, dtype=torch.float32)
+    made["steps"] = torch.tensor([7], dtype=torch.int64)
+    return made
+
+
+def files(tmp_path, count=3, dtype=torch.float16):
+    paths = []
+    for seed in range(count):
+        paths.append(tmp_path / f"epoch-{seed}.safetensors")
+        save_file(tensors(seed, dtype), paths[-1], metadata={"modelspec.title": "toy"})
+    return paths
+
+
+def combine(paths, coefficients, target, **options):
+    with open_combination(paths, coefficients, **options) as group:
+        return load_file(write_combination(group, target))
+
+
+def bits(state):
+    return {name: tensor.reshape(-1).view(torch.uint8).tolist() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("index", [0, 2])
+def test_one_hot_coefficients_reproduce_a_checkpoint_bit_for_bit(tmp_path, dtype, index):
+    paths = files(tmp_path, dtype=dtype)
+    made = combine(paths, [float(place == index) for place in range(3)], tmp_path / "made.safetensors")
+    assert bits(made) == bits(load_file(paths[index]))
+
+
+def test_combinations_are_exact_in_fp32_and_rounded_once(tmp_path, monkeypatch):
+    paths, coefficients = files(tmp_path), (1.75, -1.25, 0.5)
+    monkeypatch.setattr("stretto.acceleration.weights.combining.BLOCK", 48)  # several blocks per tensor
+    made = combine(paths, coefficients, tmp_path / "made.safetensors")
+    for name, tensor in made.items():
+        sources = [load_file(path)[name] for path in paths]
+        if tensor.dtype.is_floating_point:
+            right = sum(value * source.double() for value, source in zip(coefficients, sources))
+            assert torch.equal(tensor, right.float().to(tensor.dtype)) or torch.allclose(
+                tensor.double(), right, rtol=2e-3 if tensor.dtype == torch.float16 else 1e-6, atol=1e-7
+            )
+        else:
+            assert torch.equal(tensor, sources[0])
+    exact = weighted((0.5, -0.25, 0.75), [torch.tensor([4.0]), torch.tensor([8.0]), torch.tensor([2.0])], torch.float32)
+    assert exact.item() == 1.5
+    with open_checkpoint(tmp_path / "made.safetensors") as found:
+        assert found.metadata["modelspec.title"] == "toy"
+        assert json.loads(found.metadata[METADATA_KEY]) == [[path.name, value] for path, value in zip(paths, coefficients)]
+
+
+def test_the_same_checkpoint_thrice_is_itself(tmp_path):
+    path = files(tmp_path, 1, torch.float32)[0]
+    made = combine([path] * 3, [0.5, -0.25, 0.75], tmp_path / "made.safetensors")
+    assert all(torch.allclose(made[name], tensor, rtol=1e-6, atol=1e-7) for name, tensor in load_file(path).items())
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_touched(tmp_path, monkeypatch):
+    paths = files(tmp_path)
+    before = {path: path.read_bytes() for path in paths}
+    target = tmp_path / "made.safetensors"
+    with pytest.raises(StrettoError, match="3 files and 2 coefficients"):
+        combine(paths, [0.5, 0.5], target)
+    with pytest.raises(StrettoError, match="add up to 0.9"):
+        combine(paths, [0.5, 0.2, 0.2], target)
+    with pytest.raises(StrettoError, match="must be finite"):
+        combine(paths, [float("nan"), 0.5, 0.5], target)
+    with pytest.raises(StrettoError, match="not finite in torch.float16"):
+        combine(paths, [60000.0, -59999.0, 0.0], target)
+    other = tensors(5)
+    for change, words in (
+        (lambda t: t.pop("bias"), r"'bias' is in epoch-0.safetensors only"),
+        (lambda t: t.update(bias=torch.zeros(6, dtype=torch.float16)), r"'bias' is \[6\]; epoch-0.safetensors has \[5\]"),
+        (lambda t: t.update(steps=torch.tensor([8])), "whole numbers that differ"),
+    ):
+        state = dict(other)
+        change(state)
+        save_file(state, tmp_path / "other.safetensors")
+        with pytest.raises(StrettoError, match=words):
+            combine([paths[0], tmp_path / "other.safetensors"], [0.5, 0.5], target)
+    (tmp_path / "short.safetensors").write_bytes(paths[1].read_bytes()[:-3])
+    with pytest.raises(StrettoError, match=r"short.safetensors: truncated"):
+        combine([paths[0], tmp_path / "short.safetensors"], [0.5, 0.5], target)
+    with pytest.raises(StrettoError, match="is one of the sources"):
+        combine(paths, [0.5, 0.25, 0.25], paths[0])
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 100))
+    with pytest.raises(StrettoError, match="GB are free"):
+        combine(paths, [0.5, 0.25, 0.25], target)
+    assert not target.exists() and not list(tmp_path.glob(".*.part"))
+    assert before == {path: path.read_bytes() for path in paths}
+
+
+def lora(seed, rank, alpha):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "lora_unet_blocks_0_q.lora_down.weight": torch.randn(rank, 16, generator=generator),
+        "lora_unet_blocks_0_q.lora_up.weight": torch.randn(24, rank, generator=generator),
+        "lora_unet_blocks_0_q.alpha": torch.tensor(float(alpha)),
+    }
+
+
+def product(state, name="lora_unet_blocks_0_q"):
+    down, up = state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"]
+    return up.double() @ down.double() * float(state[f"{name}.alpha"]) / down.shape[0]
+
+
+def test_of_loras_the_products_are_combined_not_the_factors(tmp_path):
+    paths, states = [], [lora(1, 4, 4), lora(2, 8, 2), lora(3, 4, 8)]
+    for place, state in enumerate(states):
+        paths.append(tmp_path / f"lora-{place}.safetensors")
+        save_file(state, paths[-1])
+    coefficients = (0.75, -0.5, 0.25)
+    made = combine(paths, coefficients, tmp_path / "made.safetensors")
+    right = sum(value * product(state) for value, state in zip(coefficients, states))
+    assert torch.allclose(product(made), right, rtol=1e-5, atol=1e-5)
+    factors = sum(value * state["lora_unet_blocks_0_q.lora_up.weight"] for value, state in zip((0.75, 0.25), states[::2]))
+    assert not torch.allclose(made["lora_unet_blocks_0_q.lora_up.weight"][:, :4], factors)
+    assert bits(combine(paths, (0.0, 1.0, 0.0), tmp_path / "one.safetensors")) == bits(states[1])
+    save_file({**states[0], "lora_unet_blocks_0_q.dora_scale": torch.ones(24)}, paths[0])
+    with pytest.raises(StrettoError, match="belongs to no plain LoRA"):
+        combine(paths[:1], (2.0,), tmp_path / "dora.safetensors")
+
+
+def bowl(point):
+    """A quadratic whose least value under sum 1 is 0, at a point with negative coefficients."""
+    target = np.array([-0.3, -0.2, 0.4, 1.1])
+    away = np.array(point) - target
+    return float(away @ np.diag([1.0, 4.0, 2.0, 8.0]) @ away)
+
+
+SETTINGS = SearchSettings(generations=20, population=12, spread=0.4)
+
+
+def test_a_search_finds_signed_coefficients():
+    search = Search.open(4, SETTINGS)
+    point, value = search.run(bowl)
+    assert value < 0.01 < min(bowl(corner) for corner in np.eye(4)) and point[0] < 0
+    assert all(abs(sum(point) - 1) < 1e-9 for point, _ in search.points)
+    assert search.curve == sorted(search.curve, reverse=True) and search.curve[-1] == value
+    assert len(search.points) == 4 + 1 + 20 * 12
+
+
+def test_an_interrupted_search_goes_on_to_the_same_end(tmp_path):
+    whole = Search.open(4, SETTINGS)
+    whole.run(bowl)
+    calls = []
+
+    def tired(point):
+        calls.append(point)
+        if len(calls) == 70:
+            raise KeyboardInterrupt
+        return bowl(point)
+
+    with pytest.raises(KeyboardInterrupt):
+        Search.open(4, SETTINGS, tmp_path / "search.json").run(tired)
+    again = Search.open(4, SETTINGS, tmp_path / "search.json")
+    assert len(again.points) == 69
+    again.run(bowl)
+    assert again.points == whole.points
+    with pytest.raises(StrettoError, match="another search"):
+        Search.open(5, SETTINGS, tmp_path / "search.json")
+    (tmp_path / "search.json").write_text("{")
+    with pytest.raises(StrettoError, match="not a search that can be continued"):
+        Search.open(4, SETTINGS, tmp_path / "search.json")
+    with pytest.raises(StrettoError, match="counts start at 1"):
+        SearchSettings(generations=0)
+
+
+def test_metrics_that_are_not_finite_never_win():
+    search = Search.open(3, SearchSettings(generations=2, population=4))
+    point, value = search.run(lambda point: float("nan") if min(point) < 0 else sum(value**2 for value in point))
+    assert np.isfinite(value) and min(point) >= 0
+
+
+FLUX = [f"double_blocks.{i}.img_attn.norm.key_norm.scale" for i in range(4)] + [
+    f"single_blocks.{i}.linear1.weight" for i in range(6)
+] + ["img_in.weight"]  # fmt: skip
+QWEN = [f"transformer_blocks.{i}.img_mod.1.weight" for i in range(60)] + ["txt_norm.weight"]
+
+
+def test_blocks_are_named_by_numbers_ranges_and_lists():
+    counts = {"double_blocks": 4, "single_blocks": 6}
+    assert parse_drop("double_blocks:1, 3 single_blocks:2-4", counts) == {"double_blocks": {1, 3}, "single_blocks": {2, 3, 4}}
+    assert parse_drop("0,2-3", {"blocks": 4}) == {"blocks": {0, 2, 3}}
+    for text, words in (("1", "needs a list"), ("double_blocks:4", "has blocks 0 to 3"), ("double_blocks:x", "neither a number"),
+                        ("heads:1", "needs a list"), ("double_blocks:3-1", "has blocks")):  # fmt: skip
+        with pytest.raises(StrettoError, match=words):
+            parse_drop(text, counts)
+    for names, drop, words in ((FLUX, "double_blocks:0-3", "no block of double_blocks"), (FLUX, "", "no blocks to drop"),
+                               (["x.weight"], "1", "blocks can be dropped of"),
+                               (["joint_blocks.0.context_block.attn.qkv.weight"], "0", "from their width")):  # fmt: skip
+        with pytest.raises(StrettoError, match=words):
+            find_depth(names, drop)
+
+
+def test_what_is_left_is_numbered_without_gaps():
+    depth = find_depth(FLUX, "double_blocks:1 single_blocks:0,4-5")
+    assert depth.kept == {"double_blocks": (0, 2, 3), "single_blocks": (1, 2, 3)}
+    assert depth.renamed("double_blocks.2.img_mlp.0.weight") == "double_blocks.1.img_mlp.0.weight"
+    assert depth.renamed("single_blocks.4.linear1.weight") is None and depth.renamed("img_in.weight") == "img_in.weight"
+    for old, new in (
+        ("lora_unet_double_blocks_3_img_attn_qkv.lora_up.weight", "lora_unet_double_blocks_2_img_attn_qkv.lora_up.weight"),
+        ("diffusion_model.single_blocks.3.linear1.lora_A.weight", "diffusion_model.single_blocks.2.linear1.lora_A.weight"),
+        ("transformer.transformer_blocks.2.attn.to_q.lora_A.weight", "transformer.transformer_blocks.1.attn.to_q.lora_A.weight"),
+        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", None),
+        ("lora_unet_single_blocks_4_linear1.alpha", None),
+        ("lora_te1_text_model_encoder_layers_3_mlp_fc1.alpha", "lora_te1_text_model_encoder_layers_3_mlp_fc1.alpha"),
+    ):
+        assert depth.renamed_lora(old) == new
+
+
+def test_the_published_list_drops_25_of_60_blocks():
+    dropped, source = preset_drop("ppcl-qwen-image")
+    depth = find_depth(QWEN, dropped)
+    assert len(depth.kept["transformer_blocks"]) == 35 and "published, not measured" in source
+    assert intervals(dropped["transformer_blocks"])[:12] == "4, 6-7, 9-10"
+    with pytest.raises(StrettoError, match="known are ppcl-qwen-image"):
+        preset_drop("other")
+
+
+def test_files_and_loras_are_pruned_block_by_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(depths, "_COPY", 64)
+    wan = {f"blocks.{i}.self_attn.q.weight": torch.full((8, 8), float(i)) for i in range(5)}
+    wan |= {"head.modulation": torch.ones(1, 2, 8)}
+    save_file(wan, tmp_path / "wan.safetensors")
+    source = (tmp_path / "wan.safetensors").read_bytes()
+    depth, before, after = prune_file(tmp_path / "wan.safetensors", "1,3", tmp_path / "small.safetensors")
+    assert depth.kept == {"blocks": (0, 2, 4)} and before - after == 2 * 8 * 8 * 4
+    made = load_file(tmp_path / "small.safetensors")
+    assert [made[f"blocks.{i}.self_attn.q.weight"][0, 0].item() for i in range(3)] == [0, 2, 4] and len(made) == 4
+    with open_checkpoint(tmp_path / "small.safetensors") as found:
+        assert Depth.from_metadata(tmp_path, found.metadata) == depth
+    adapter = {f"lora_unet_blocks_{i}_self_attn_q.lora_up.weight": torch.full((8, 2), float(i)) for i in range(5)}
+    save_file(adapter, tmp_path / "lora.safetensors")
+    kept, gone = prune_lora(tmp_path / "lora.safetensors", tmp_path / "small.safetensors", tmp_path / "l2.safetensors")
+    assert (kept, gone) == (3, 2)
+    assert load_file(tmp_path / "l2.safetensors")["lora_unet_blocks_2_self_attn_q.lora_up.weight"][0, 0] == 4
+    with pytest.raises(StrettoError, match="not made by prune-depth"):
+        prune_lora(tmp_path / "lora.safetensors", tmp_path / "wan.safetensors", tmp_path / "l3.safetensors")
+    with pytest.raises(StrettoError, match="is the source"):
+        prune_file(tmp_path / "wan.safetensors", "1", tmp_path / "wan.safetensors", replace=True)
+    with pytest.raises(StrettoError, match="exists already"):
+        prune_file(tmp_path / "wan.safetensors", "1", tmp_path / "small.safetensors")
+    assert (tmp_path / "wan.safetensors").read_bytes() == source
