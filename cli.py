@@ -1,7 +1,8 @@
 """Stretto's command line: measure accelerated workflows, open the panel, and make quantized checkpoints.
 
 `compare` and `panel` run in the panel's environment (requirements-panel.txt), without torch; a ComfyUI server does the work.
-`quantize`, `inspect`, `verify` and `transcode` work on files and run in ComfyUI's environment (torch), without a server.
+`quantize`, `inspect`, `verify`, `transcode`, `combine` and `prune-depth` work on files and run in ComfyUI's environment (torch),
+without a server.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_verify(commands)
     _add_transcode(commands)
+    _add_combine(commands)
+    _add_prune(commands)
     return parser
 
 
@@ -247,6 +250,60 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(handler=run_file_command, files_only=True)
 
 
+_COMBINE_EXAMPLES = """\
+examples:
+  python cli.py combine epoch-08.safetensors epoch-10.safetensors --weights -0.4 1.4 --out best.safetensors
+  python cli.py combine lora-*.safetensors --out mean.safetensors      LoRA epochs: the mean of what they add
+The search for weights is acceleration/weights/search.py; benchmarks/checkpoint_combination.py shows it at work.
+"""
+
+
+def _add_combine(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "combine",
+        help="add up checkpoints or LoRAs with signed weights",
+        description="Signed linear combination of checkpoints of one training (LCSC), or of LoRAs, tensor by tensor: products "
+        "are summed in fp32 and rounded once, memory stays small, sources are only read. Of LoRAs the products are combined and "
+        "not the factors, so ranks add up.",
+        epilog=_COMBINE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("files", type=Path, nargs="+", help="safetensors files of one model, 16 or 32 bit")
+    command.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="one per file, negative ones too (default: their mean)"
+    )
+    command.add_argument("--any-sum", action="store_true", help="allow weights of checkpoints that do not add up to 1")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+    command.add_argument("--replace", action="store_true", help="write over that file if it exists")
+    command.set_defaults(handler=run_file_command, files_only=True)
+
+
+_PRUNE_EXAMPLES = """\
+examples:
+  python cli.py prune-depth qwen-image.safetensors --preset ppcl-qwen-image
+  python cli.py prune-depth flux1-dev.safetensors small.safetensors --drop double_blocks:5,9,single_blocks:12-14,30
+  python cli.py prune-depth small.safetensors --lora style.safetensors      the LoRA, renumbered for the pruned model
+"""
+
+
+def _add_prune(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "prune-depth",
+        help="drop blocks of a model and renumber the others",
+        description="Writes a copy without some blocks, numbered without gaps, which ComfyUI loads by counting them: FLUX, "
+        "HunyuanVideo, Qwen-Image, Wan, LTX-Video. The file remembers the old numbers, and LoRAs can be renumbered like it.",
+        epilog=_PRUNE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("source", type=Path, help="model to prune; with --lora the pruned model")
+    command.add_argument("target", type=Path, nargs="?", help="file to write (default: beside the source, -pruned)")
+    command.add_argument("--drop", metavar="BLOCKS", help="for example 4,6-8 or double_blocks:3,single_blocks:10-12")
+    command.add_argument("--preset", metavar="NAME", help="a published list: ppcl-qwen-image")
+    command.add_argument("--lora", type=Path, metavar="FILE", help="LoRA of the whole model to renumber instead")
+    command.add_argument("--replace", action="store_true", help="write over the target if it exists")
+    command.set_defaults(handler=run_file_command, files_only=True)
+
+
 def _bytes(text: str) -> int:
     units = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
     number = text.strip().lower().removesuffix("b").strip()
@@ -332,12 +389,14 @@ def run_file_command(args: argparse.Namespace) -> int:
 
         from stretto.acceleration.errors import StrettoError
         from stretto.acceleration.quantization import command_line
+        from stretto.acceleration.weights import command_line as weights
     except ModuleNotFoundError as error:
         print(f"stretto: the package {error.name!r} is missing; run this with ComfyUI's Python", file=sys.stderr)
         return USAGE_ERROR
-    if "target" in args and args.target is None:
+    if "format" in args and args.target is None:
         args.target = command_line.target_for(args.source, args.format or "int8")
     handlers = {"inspect": command_line.run_inspect, "verify": command_line.run_verify}
+    handlers |= {"combine": weights.run_combine, "prune-depth": weights.run_prune}
     bar = _Bar()
     if "workers" in args:
         torch.set_num_threads(1)  # layers run side by side instead

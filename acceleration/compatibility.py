@@ -16,6 +16,7 @@ from .measure import MeasureTechnique
 from .plan import Plan, Request
 from .resolution.technique import ResolutionTechnique
 from .temporal_features.technique import TemporalTechnique
+from .weights.block_probe import BlockProbeTechnique
 
 
 class Technique(Protocol):
@@ -45,6 +46,7 @@ TECHNIQUES: dict[str, Technique] = {
         PlannedTechnique(),
         ProbeTechnique(),
         TemporalTechnique(),
+        BlockProbeTechnique(),
     )
 }
 

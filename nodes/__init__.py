@@ -7,8 +7,10 @@ from comfy_api.latest import ComfyExtension, io
 
 from .attention_plan import StrettoAttentionPlan
 from .attention_search import StrettoAttentionProbe, StrettoAttentionSearch
+from .block_probe import StrettoBlockProbe
 from .cache import StrettoCache
 from .calibrate import StrettoCalibrate
+from .combine_weights import StrettoCombineWeights
 from .demo import StrettoDemoText
 from .guidance import StrettoGuidanceSaver
 from .load_attention_weights import StrettoLoadAttentionWeights
@@ -64,4 +66,6 @@ class StrettoExtension(ComfyExtension):
             StrettoProgressiveSampler,
             StrettoSpectrum,
             StrettoTemporalFeatureCache,
+            StrettoCombineWeights,
+            StrettoBlockProbe,
         ]

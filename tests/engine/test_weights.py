@@ -1,7 +1,10 @@
 """Combined checkpoints, searched coefficients and pruned depth (T16)."""
 
+import importlib.util
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +26,8 @@ from stretto.acceleration.weights.depth import (
     prune_lora,
 )
 from stretto.acceleration.weights.search import Search, SearchSettings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def tensors(seed, dtype=torch.float16):
@@ -273,3 +278,27 @@ def test_files_and_loras_are_pruned_block_by_block(tmp_path, monkeypatch):
     with pytest.raises(StrettoError, match="exists already"):
         prune_file(tmp_path / "wan.safetensors", "1", tmp_path / "small.safetensors")
     assert (tmp_path / "wan.safetensors").read_bytes() == source
+
+
+def test_the_command_line_combines_and_prunes(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("stretto_cli_of_weights", ROOT / "cli.py")
+    cli = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT))
+    try:
+        spec.loader.exec_module(cli)
+    finally:
+        sys.path.remove(str(ROOT))
+    paths = [str(path) for path in files(tmp_path, 2)]
+    out = str(tmp_path / "made.safetensors")
+    assert cli.main(["combine", *paths, "--weights", "1.5", "-0.5", "--out", out]) == 0
+    assert cli.main(["combine", *paths, "--weights", "1.5", "-0.5", "--out", out]) == 2
+    told = capsys.readouterr()
+    assert "+1.5" in told.out and "exists already" in told.err and "Traceback" not in told.err
+    save_file({f"blocks.{i}.self_attn.q.weight": torch.ones(2, 2) for i in range(4)} | {"head.modulation": torch.ones(1)},
+              tmp_path / "wan.safetensors")  # fmt: skip
+    assert cli.main(["prune-depth", str(tmp_path / "wan.safetensors"), "--drop", "1-2"]) == 0
+    assert "2 left, numbered 0 to 1 (without 1-2)" in capsys.readouterr().out
+    assert (tmp_path / "wan-pruned.safetensors").exists()
+    for bad in ([], ["--drop", "9"], ["--preset", "x"], ["--drop", "1", "--preset", "ppcl-qwen-image"]):
+        assert cli.main(["prune-depth", str(tmp_path / "wan.safetensors"), *bad]) == 2
+    assert "Traceback" not in capsys.readouterr().err
