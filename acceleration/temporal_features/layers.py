@@ -13,10 +13,15 @@ _NOT_REACHED = {
     "flux": None, "hunyuan_video": None, "qwen_image": None, "sd3": None, "ltxv": None, "wan": r"time_projection\.1",
 }  # fmt: skip
 
+#: AuraFlow is no architecture that is quantized.
+_AURAFLOW = r"(double|single)_layers\.\d+\.mod(C|X|CX)\.1\.weight"
+
 
 def feature_weights(architecture: Architecture | None, tensors: Mapping[str, Stored]) -> tuple[str, ...]:
     """Return the names of weights that see the timestep or the prompt alone, and that tables can stand for."""
-    if architecture is None or architecture.name not in _NOT_REACHED:
+    if architecture is None:
+        return tuple(name for name, tensor in tensors.items() if re.fullmatch(_AURAFLOW, name) and tensor.dtype in DTYPES)
+    if architecture.name not in _NOT_REACHED:
         return ()
     beyond = _NOT_REACHED[architecture.name] or r"(?!)"
     layers = (name.removesuffix(".weight") for name in tensors if name.endswith(".weight"))
