@@ -5,8 +5,8 @@
 
 Parts: *table* builds published architectures on the meta device and counts what feature tables, vocabulary rows and published
 depth pruning leave out (16 bit a weight); *features* runs the demo models from the file and compares bytes and pictures;
-*vocabulary* looks rows up in a table of UMT5-XXL's size in a sparse file; *blocks* compares the probe's ranking of blocks with the
-damage of real runs.
+*vocabulary* looks rows up in a table of UMT5-XXL's size in a sparse file; *blocks* compares the probe's ranking of blocks with
+the damage of real runs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import struct
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from overhead import ROOT, prepare
@@ -147,9 +148,10 @@ def table() -> list[dict]:
     left = sum(blocks[index] for index in dropped["transformer_blocks"])
     rows.append({
         "model": "Qwen-Image, PPCL's list", "what": f"{len(dropped['transformer_blocks'])} of {len(blocks)} blocks",
-        "total_bytes": total, "saved_bytes": left, "table_bytes": 0, "table_for": "", "exact": "no: needs distillation; published, not measured here",
+        "total_bytes": total, "saved_bytes": left, "table_bytes": 0, "table_for": "",
+        "exact": "no: needs distillation; published, not measured here",
     })  # fmt: skip
-    say(f"{'Qwen-Image, PPCL':36s} {total / GB:6.1f} GB, {left / GB:5.2f} GB ({left / total:4.0%}) in {rows[-1]['what']}; not exact")
+    say(f"{'Qwen-Image, PPCL':36s} {total / GB:6.1f} GB, {left / GB:5.2f} GB ({left / total:4.0%}), not exact")
     return rows
 
 
@@ -176,7 +178,8 @@ def features() -> list[dict]:
         prompts = ["fluent red apple", "noto cat face", "flat blue heart"]
         path = ROOT / "demo" / "models" / "diffusion_models" / f"stretto-demo-{which}.safetensors"
         bare, _ = loading.load_diffusion_model(str(path), features=loading.FEATURE_WEIGHTS[1])
-        model = host.request(_sampling_like(bench.model, bare), Request("temporal_features", {"mode": "exact", "prompt": True}, required=True))
+        wanted = Request("temporal_features", {"mode": "exact", "prompt": True}, required=True)
+        model = host.request(_sampling_like(bench.model, bare), wanted)
         equal, seconds = True, {"plain": [], "first": [], "again": []}
         for prompt in prompts:
             made = {}
@@ -248,32 +251,41 @@ def blocks() -> list[dict]:
     from stretto.acceleration.weights.block_probe import DROP, REUSE, rank_correlation
 
     rows = []
-    for which, steps, prompts in (("video", 12, ["fluent blue heart", "noto cat face"]), ("image", 20, ["fluent red apple", "flat cat face"])):
+    prompts = ["fluent blue heart", "noto cat face"]
+    for which, steps in (("video", 12), ("image", 20)):
         bench = Bench(which)
         sites = describe(bench.model.model.diffusion_model).sites(bench.model.model.diffusion_model)
         told = {kind: [0.0] * len(sites) for kind in (DROP, REUSE)}
         real = {kind: [0.0] * len(sites) for kind in (DROP, REUSE)}
         for prompt in prompts:
-            ranking, plain = probe_blocks(bench.model, lambda model, prompt=prompt: sample(bench, model, prompt, steps, 7))
+            ranking, plain = probe_blocks(bench.model, partial(_sampled, bench, prompt, steps))
             for depth, site in enumerate(sites):
                 clone = bench.model.clone()
                 clone.set_model_patch_replace(_identity, "dit", site.kind, site.index)
                 table_ = [[True] * len(sites) for _ in range(steps)]
                 for step in range(2, steps - 1, 2):
                     table_[step][depth] = False
-                settings = table_settings(Table.from_json(["".join("#" if one else "." for one in row) for row in table_], "probe"))
+                drawn = ["".join("#" if one else "." for one in row) for row in table_]
+                settings = table_settings(Table.from_json(drawn, "probe"))
                 other = {DROP: clone, REUSE: host.request(bench.model, Request("table", settings, required=True))}
                 for kind, model in other.items():
-                    away = torch.linalg.vector_norm(sample(bench, model, prompt, steps, 7) - plain) / torch.linalg.vector_norm(plain)
-                    real[kind][depth] += float(away) / len(prompts)
+                    away = torch.linalg.vector_norm(sample(bench, model, prompt, steps, 7) - plain)
+                    real[kind][depth] += float(away / torch.linalg.vector_norm(plain)) / len(prompts)
                     told[kind][depth] += ranking.damage[kind][depth] / len(prompts)
-        row = {"model": f"demo {which}", "blocks": len(sites), "prompts": len(prompts), "steps": steps, "told": told, "real": real}
+        row = {"model": f"demo {which}", "blocks": len(sites), "prompts": len(prompts), "steps": steps}
+        row |= {"told": told, "real": real}
         row["rank_correlation"] = {kind: rank_correlation(told[kind], real[kind]) for kind in told}
         rows.append(row)
         for kind in (DROP, REUSE):
             say(f"demo {which}, {kind}: rank correlation {row['rank_correlation'][kind]:+.2f}; "
                 f"probe {[round(v, 3) for v in told[kind]]}, runs {[round(v, 3) for v in real[kind]]}")  # fmt: skip
     return rows
+
+
+def _sampled(bench, prompt, steps, model):
+    from module_table import sample
+
+    return sample(bench, model, prompt, steps, 7)
 
 
 def _identity(args, extra):
