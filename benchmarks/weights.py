@@ -258,7 +258,7 @@ def blocks() -> list[dict]:
         told = {kind: [0.0] * len(sites) for kind in (DROP, REUSE)}
         real = {kind: [0.0] * len(sites) for kind in (DROP, REUSE)}
         for prompt in prompts:
-            ranking, plain = probe_blocks(bench.model, partial(_sampled, bench, prompt, steps))
+            ranking, plain = probe_blocks(bench.model, partial(_sampled, bench, prompt, steps), 4)
             for depth, site in enumerate(sites):
                 clone = bench.model.clone()
                 clone.set_model_patch_replace(_identity, "dit", site.kind, site.index)

@@ -75,7 +75,7 @@ class StrettoBlockProbe(io.ComfyNode):
         scheduler: str, count: int, probes: int, reuse_from: int, reuse_until: int,
     ) -> io.NodeOutput:  # fmt: skip
         job = SamplingJob(model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler)
-        ranking, latent = probe_blocks(model, job, probes)
+        ranking, latent = probe_blocks(model, job, probes, cfg)
         count = min(count, len(ranking.sites) - 1)
         first, last = (round(part * (steps - 1) / 100) for part in (reuse_from, reuse_until))
         schedule = ranking.table_text(count, steps, first, last)

@@ -32,7 +32,7 @@ def probed_steps(steps: int, probes: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class BlockProbeTechnique:
-    """Probe a plain run's blocks (:class:`BlockProbeSession`). Settings: ``token``, ``probes``."""
+    """Probe a plain run's blocks (:class:`BlockProbeSession`). Settings: ``token``, ``probes``, ``cfg``."""
 
     name: str = "block_probe"
     exclusive_with: frozenset[str] = frozenset(
@@ -44,10 +44,11 @@ class BlockProbeTechnique:
         return "Stretto Block Probe"
 
     def validate(self, request: Request) -> None:
-        """Raise :class:`~..errors.StrettoError` unless the request carries a token and a number of probes."""
+        """Raise :class:`~..errors.StrettoError` unless the request carries a token, a number of probes and a scale."""
         token, probes = request.settings.get("token"), request.settings.get("probes")
         fine = isinstance(probes, int) and not isinstance(probes, bool) and 1 <= probes <= MOST_PROBES
-        if not isinstance(token, str) or not token or not fine or set(request.settings) != {"token", "probes"}:
+        fine = fine and isinstance(request.settings.get("cfg"), int | float)
+        if not isinstance(token, str) or not token or not fine or set(request.settings) != {"token", "probes", "cfg"}:
             raise StrettoError(
                 f"{self.label(request)}: probes is {probes!r}; it must be a whole number in [1, {MOST_PROBES}]"
             )
@@ -68,7 +69,7 @@ class BlockProbeTechnique:
         if not budget.fits:
             return Outcome(self.name, OFF, budget.refusal())
         steps = probed_steps(facts.schedule.steps, request.settings["probes"])
-        session = BlockProbeSession(request.settings["token"], steps, len(sites), facts.descriptor)
+        session = BlockProbeSession(request.settings["token"], steps, len(sites), facts.descriptor, float(request.settings["cfg"]))
         reason = f"{len(sites)} blocks are probed at steps {', '.join(map(str, steps))}; the picture is the plain one"
         return Outcome(
             self.name, ACTIVE, reason, session=session, needs_blocks=True, reserve_bytes=budget.reserve // facts.branches
@@ -84,12 +85,14 @@ class BlockProbeSession:
         steps: steps at which blocks are probed.
         blocks: number of blocks.
         descriptor: the network's family.
+        cfg: guidance scale.
     """
 
     token: str
     steps: tuple[int, ...]
     blocks: int
     descriptor: ModelDescriptor
+    cfg: float = 1.0
     name: str = "block_probe"
     peak_bytes: int = 0
     _asked: tuple[str, int] | None = None
@@ -130,17 +133,25 @@ class BlockProbeSession:
         return denoised
 
     def _probe(self, call: Call, batch: Any, denoised: torch.Tensor, compute: Callable[[], torch.Tensor]) -> None:
-        right = call.to_prediction(denoised).float()
+        right = self._guided(call, call.to_prediction(denoised).float())
         size = torch.linalg.vector_norm(right)
         kept = self._kept.get(batch)
         for kind in KINDS if kept else (DROP,):
             for depth in range(self.blocks):
                 self._asked = kind, depth
                 try:
-                    other = call.to_prediction(compute()).float()
+                    other = self._guided(call, call.to_prediction(compute()).float())
                 finally:
                     self._asked = None
                 self._damage[kind][depth].append(torch.linalg.vector_norm(other - right) / size)
+
+    def _guided(self, call: Call, prediction: torch.Tensor) -> torch.Tensor:
+        """What guidance makes of both branches: errors that they share weigh little, those that differ weigh ``cfg`` times."""
+        names = [branch.name for branch in call.branches]
+        if sorted(names) != ["cond", "uncond"]:
+            return prediction
+        cond, uncond = (call.part(prediction, names.index(name)) for name in ("cond", "uncond"))
+        return uncond + self.cfg * (cond - uncond)
 
     def depths(self, call: Call) -> frozenset[int] | None:
         """The block in question; all where residuals are kept."""
