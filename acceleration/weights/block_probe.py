@@ -69,7 +69,8 @@ class BlockProbeTechnique:
         if not budget.fits:
             return Outcome(self.name, OFF, budget.refusal())
         steps = probed_steps(facts.schedule.steps, request.settings["probes"])
-        session = BlockProbeSession(request.settings["token"], steps, len(sites), facts.descriptor, float(request.settings["cfg"]))
+        token, cfg = request.settings["token"], float(request.settings["cfg"])
+        session = BlockProbeSession(token, steps, len(sites), facts.descriptor, cfg)
         reason = f"{len(sites)} blocks are probed at steps {', '.join(map(str, steps))}; the picture is the plain one"
         return Outcome(
             self.name, ACTIVE, reason, session=session, needs_blocks=True, reserve_bytes=budget.reserve // facts.branches
