@@ -14,6 +14,7 @@ from .facts import Facts, Outcome
 from .guidance.technique import GuidanceTechnique
 from .measure import MeasureTechnique
 from .plan import Plan, Request
+from .region.technique import RegionTechnique
 from .resolution.technique import ResolutionTechnique
 from .temporal_features.technique import TemporalTechnique
 from .weights.block_probe import BlockProbeTechnique
@@ -42,6 +43,7 @@ TECHNIQUES: dict[str, Technique] = {
         TableTechnique(),
         ProfileTechnique(),
         ModuleProfileTechnique(),
+        RegionTechnique(),
         AttentionTechnique(),
         PlannedTechnique(),
         ProbeTechnique(),

@@ -45,6 +45,7 @@ class Evaluation:
         computed_share: share of the blocks or modules that a table has computed; None where steps are skipped whole.
         attention_kept: share of attention's key blocks that were attended, over all layers and heads that a sparse
             plan covers; None where none does. A tensor, so that nobody waits for the device.
+        active_share: share of the image tokens that the blocks computed; None where they computed all.
     """
 
     index: int
@@ -61,6 +62,7 @@ class Evaluation:
     on_rails: bool = False
     computed_share: float | None = None
     attention_kept: torch.Tensor | None = None
+    active_share: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

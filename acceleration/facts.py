@@ -28,6 +28,7 @@ class Facts:
         free_system_bytes: free system memory, None where that is not known.
         modules_in_place: whether the host reaches the modules inside blocks that the descriptor names.
         stage_obstacle: why the host cannot change the latent's size during the run, None where it can.
+        worked_on: inpainting mask [..., H, W] of the part that is sampled, above 0; None for everything.
     """
 
     network: Any
@@ -42,6 +43,7 @@ class Facts:
     free_system_bytes: int | None = None
     modules_in_place: bool = True
     stage_obstacle: str | None = None
+    worked_on: Any = None
 
     def obstacle(self) -> str | None:
         """Return why no technique that skips work may act here, or None. Unknown things fail closed."""

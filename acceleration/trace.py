@@ -33,6 +33,7 @@ class TraceBuilder:
                 "on_rails": False,
                 "computed_share": None,
                 "attention_kept": None,
+                "active_share": None,
                 "seconds": None,
                 "branches": [],
             }
@@ -58,7 +59,7 @@ class TraceBuilder:
         """End the open entry. ``seconds`` is read when the document is made, not now."""
         entry = self.evaluations[-1]
         entry["reason"] = entry["reason"] or evaluation.reason  # known late where a probe decides
-        for name in ("signal", "compared", "threshold", "on_rails", "computed_share", "attention_kept"):
+        for name in ("signal", "compared", "threshold", "on_rails", "computed_share", "attention_kept", "active_share"):
             entry[name] = getattr(evaluation, name)
         decisions = {branch["decision"] for branch in entry["branches"]} or {"computed"}
         entry["decision"] = decisions.pop() if len(decisions) == 1 else "mixed"

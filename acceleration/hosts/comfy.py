@@ -35,6 +35,7 @@ from .comfy_device import clock_for, peak_memory, start_peak_memory, synchronize
 from .comfy_features import reach_features, rehearsal, weights_identity
 from .comfy_guidance import save_guidance
 from .comfy_modules import layout, modules_in_place, reach_modules, skip_hollow_attention
+from .comfy_region import reach_blocks, with_kept_keys
 from .comfy_resolution import ProgressiveSampler, carried_request, in_stages, with_stage_obstacle
 from .trace_store import TraceStore
 
@@ -75,6 +76,7 @@ def request(model: Any, wanted: Request) -> Any:
     if inside_blocks(plan):
         reach_modules(clone, plan, _CALL.get)
     reach_features(clone, plan, _CALL.get)
+    reach_blocks(clone, plan, _CALL.get)
     return clone
 
 
@@ -110,6 +112,7 @@ def _outer_sample(executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor
     facts = _facts(guider, noise, sampler, sigmas, kwargs.get("latent_shapes"))
     if inside_blocks(plan):
         facts = replace(facts, modules_in_place=modules_in_place(patcher, facts.network, facts.descriptor))
+    facts = replace(facts, worked_on=kwargs.get("denoise_mask", args[4] if len(args) > 4 else None))
     facts = with_stage_obstacle(facts, plan, guider, sampler, args, kwargs)
     execution = resolve(plan, facts, _notes(before))
     options = comfy.model_patcher.create_model_options_clone(before)
@@ -237,6 +240,7 @@ def _install(options: dict[str, Any], run: RunState, facts: Facts, execution: Ex
     hooks = _install_blocks(options, run) if execution.needs_blocks else {}
     if run.inside_attention:
         attend_with(options, _CALL.get, run.attention)
+    with_kept_keys(options, run, _CALL.get)
     if execution.needs_modules:
         skip_hollow_attention(options, _CALL.get)
     add(WrappersMP.APPLY_MODEL, KEY, _apply_model(run, hooks, facts), options, is_model_options=True)

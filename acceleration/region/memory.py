@@ -1,0 +1,92 @@
+"""What keys and values of inactive tokens take, and how they are kept where that is too much."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..facts import Facts
+from .tokens import STREAMS, sites_of
+
+#: Ways of keeping keys and values, best first: name -> bytes of an element, None for as they are computed.
+FORMATS: dict[str, int | None] = {"as computed": None, "bf16": 2, "fp8": 1}
+DTYPES = {"as computed": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+#: Fewer layers than this share are not worth it: layers without kept keys see the active tokens alone.
+LEAST_LAYERS = 0.5
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How keys and values are kept.
+
+    Attributes:
+        format: key of :data:`FORMATS`.
+        layers: blocks whose keys and values are kept, by depth.
+        blocks: number of blocks.
+        needed: bytes they take at most; of a refusal, the least they would take.
+        allowed: bytes they may take.
+    """
+
+    format: str
+    layers: frozenset[int]
+    blocks: int
+    needed: int
+    allowed: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether they may be kept."""
+        return self.needed <= self.allowed
+
+    @property
+    def reduced(self) -> bool:
+        """Whether they are kept worse than they are computed."""
+        return self.format != "as computed" or len(self.layers) < self.blocks
+
+    def words(self) -> str:
+        """Say what is kept, and how."""
+        size = f"keys and values of every token: {mebibytes(self.needed)}, {mebibytes(self.allowed)} allowed"
+        kind = "" if self.format == "as computed" else f", kept as {self.format}"
+        few = "" if len(self.layers) == self.blocks else f", in {len(self.layers)} of {self.blocks} blocks"
+        return f"{size}{kind}{few}"
+
+    def refusal(self) -> str:
+        """Say why they may not be kept."""
+        return (
+            f"keys and values of every token would take {mebibytes(self.needed)} as fp8 in half of the blocks; "
+            f"{mebibytes(self.allowed)} may be used (memory_share)"
+        )
+
+
+def memory_for(facts: Facts, share: float) -> Memory:
+    """Return how keys and values of a run are kept in ``share`` of the free memory.
+
+    As computed, else in 16 bits, else in 8, else in 8 in fewer blocks (at least half of them).
+    """
+    descriptor, network = facts.descriptor, facts.network
+    text = descriptor.text_tokens if descriptor.joint_text(network) else 0
+    tokens = descriptor.tokens(network, facts.latent_shape)
+    width = 2 * facts.latent_shape[0] * facts.branches * descriptor.hidden_size(network)
+    blocks = len(sites_of(descriptor, network))
+    further = STREAMS[descriptor.family].further(network)
+    allowed = int(facts.free_bytes * share)
+    every = frozenset(range(blocks))
+
+    def bytes_of(element: int, count: int) -> int:
+        return width * element * ((tokens + text) * count + tokens * min(further, count))
+
+    for name, element in FORMATS.items():
+        size = facts.element_bytes if element is None else element
+        if size > facts.element_bytes or (size == facts.element_bytes and element is not None):
+            continue
+        if bytes_of(size, blocks) <= allowed:
+            return Memory(name, every, blocks, bytes_of(size, blocks), allowed)
+    least = -(-blocks // 2)
+    count = next((n for n in range(blocks - 1, least, -1) if bytes_of(1, n) <= allowed), least)
+    # Evenly over the depth, the last block among them: it decides what is drawn.
+    kept = frozenset(blocks - 1 - index * blocks // count for index in range(count))
+    return Memory("fp8", kept, blocks, bytes_of(1, count), allowed)
+
+
+def mebibytes(size: int) -> str:
+    """Return a size in words."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
