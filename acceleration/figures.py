@@ -14,7 +14,7 @@ MARKS = {"computed": "#", "forecast": "~", "reused": ".", "mixed": "+"}
 WORDS = {"computed": "computed", "forecast": "forecast", "reused": "reused", "mixed": "partly"}
 SKIPPED = ("forecast", "reused")
 #: Techniques that make computed steps cheaper.
-CHEAPER_STEPS = ("attention", "attention_plan", "guidance", "resolution")
+CHEAPER_STEPS = ("attention", "attention_plan", "guidance", "resolution", "region")
 BRANCHES = ("cond", "uncond", "other")
 
 

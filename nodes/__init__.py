@@ -18,6 +18,7 @@ from .load_quantized import StrettoLoadDiffusionModel, StrettoLoadTextEncoder
 from .measure import StrettoMeasure
 from .profile import StrettoProfile
 from .quantize import StrettoQuantizationStatistics, StrettoQuantize
+from .region import StrettoRegionAdaptive, StrettoRegionMap
 from .report import StrettoReport
 from .resolution import StrettoProgressiveResolution, StrettoProgressiveSampler, StrettoSpectrum
 from .routes import register_routes
@@ -68,4 +69,6 @@ class StrettoExtension(ComfyExtension):
             StrettoTemporalFeatureCache,
             StrettoCombineWeights,
             StrettoBlockProbe,
+            StrettoRegionAdaptive,
+            StrettoRegionMap,
         ]

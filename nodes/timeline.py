@@ -9,8 +9,10 @@ from ..acceleration.summary import gain, storage
 
 #: Okabe-Ito colours, distinguishable with every common colour vision; patterns repeat the message.
 COLOURS = {"computed": "#0072B2", "forecast": "#E69F00", "reused": "#009E73", "mixed": "#CC79A7"}
-#: Bars of sparse attention and of smaller latents.
+#: Bars of sparse attention, of active tokens and of smaller latents.
 SPARSE = "#56B4E9"
+#: Shares that an evaluation may have computed: field of the trace -> name of the row.
+PARTIAL = {"active_share": "tokens", "attention_kept": "attention"}
 BACKGROUND, INK, FAINT, LIMIT = "#1e1e24", "#f2f2f2", "#8a8a94", "#D55E00"
 WIDTH, MARGIN, ROW, LABEL, BAR = 960, 24, 34, 84, 96
 TOP, SIGNAL, FOOTER = 84, 100, 92
@@ -21,18 +23,18 @@ MOST_SHOWN = 2.5
 def timeline(trace: dict[str, Any], plain: dict[str, Any] | None = None) -> Image.Image:
     """Return the timeline of a ``trace@1`` document as an RGB picture, 960 pixels wide.
 
-    One column an evaluation: a row per branch, one for all where they agree; the size of the latent, where it changed; the share
-    of attention that was kept, where it was sparse; what was compared with the threshold, where there was one; then seconds as
-    bars, and the noise level.
+    One column an evaluation: a row per branch, one for all where they agree; the size of the latent, where it changed; the
+    share of tokens that were active and of attention that was kept, where not all was; what was compared with the threshold,
+    where there was one; then seconds as bars, and the noise level.
 
     Args:
         trace: the run.
         plain: a plain run of the same work, for the measured speed-up; None where none is known.
     """
     entries, strips, seen = trace["evaluations"], rows(trace), comparisons(trace)
-    sparse = any(entry.get("attention_kept") is not None for entry in entries)
+    partial = [name for name in PARTIAL if any(entry.get(name) is not None for entry in entries)]
     small = sizes(trace)
-    height = TOP + ROW * (len(strips) + sparse + (small is not None)) + (SIGNAL if seen else 0) + BAR + FOOTER
+    height = TOP + ROW * (len(strips) + len(partial) + (small is not None)) + (SIGNAL if seen else 0) + BAR + FOOTER
     image = Image.new("RGB", (WIDTH, height), BACKGROUND)
     draw = ImageDraw.Draw(image)
     draw.text((MARGIN, 14), _title(trace), fill=INK, font=_font(18))
@@ -49,14 +51,12 @@ def timeline(trace: dict[str, Any], plain: dict[str, Any] | None = None) -> Imag
     if small is not None:
         _shares(draw, "size", small, y, column)
         y += ROW
-    if sparse:
-        kept = [
-            (1.0 if entry.get("attention_kept") is None else entry["attention_kept"])
-            if entry["decision"] in ("computed", "mixed")
-            else None
+    for name in partial:
+        shares = [
+            (1.0 if entry.get(name) is None else entry[name]) if entry["decision"] in ("computed", "mixed") else None
             for entry in entries
         ]
-        _shares(draw, "attention", kept, y, column)
+        _shares(draw, PARTIAL[name], shares, y, column)
         y += ROW
     if seen:
         _signal(draw, entries, seen, y, column)

@@ -195,7 +195,7 @@ class RegionSession:
         passage = call.scratch.get(REGION)
         if passage is None or passage.depth is None or passage.rows is None or keys.shape[axis] != queries:
             return None
-        if self.stream.cross and passage.attentions or len(keys) != len(call.branches) * call.rows:
+        if (self.stream.cross and passage.attentions) or len(keys) != len(call.branches) * call.rows:
             return None
         found = passage.rows.of_length(queries)
         if found is None:

@@ -194,4 +194,3 @@ class Velocity:
 def with_rows(whole: torch.Tensor, rows: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """Return a copy of ``whole`` [B, N, D] with ``part`` [B, n, D] at ``rows``."""
     return put_rows(whole.clone(memory_format=torch.contiguous_format), rows, part)
-

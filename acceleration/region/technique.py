@@ -41,7 +41,9 @@ class RegionTechnique:
             return Outcome(self.name, OFF, reason)
         schedule = RegionSchedule(settings, facts.schedule, request.interval)
         if not any(schedule.planned()):
-            return Outcome(self.name, OFF, f"start, tail and refresh_every leave no step of {facts.schedule.steps} to save")
+            return Outcome(
+                self.name, OFF, f"start, tail and refresh_every leave no step of {facts.schedule.steps} to save"
+            )
         memory = memory_for(facts, settings.memory_share)
         if not memory.fits:
             return Outcome(self.name, OFF, memory.refusal())

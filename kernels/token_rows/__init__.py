@@ -90,4 +90,8 @@ def _trial(device: torch.device) -> str | None:
         result = put_rows(torch.zeros_like(x), rows, take_rows(x, rows, 1), 1).flatten().tolist()
     except Exception as error:  # a missing compiler, driver or architecture shows as almost any error
         return f"Triton does not run here ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
-    return None if result == [0.0, 1.0, 0.0, 0.0, 4.0, 5.0] else f"Triton copies {result} where [0, 1, 0, 0, 4, 5] is right"
+    return (
+        None
+        if result == [0.0, 1.0, 0.0, 0.0, 4.0, 5.0]
+        else f"Triton copies {result} where [0, 1, 0, 0, 4, 5] is right"
+    )

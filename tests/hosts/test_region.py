@@ -1,20 +1,28 @@
 """Region-adaptive sampling inside ComfyUI: exact where every token is active, honest everywhere else."""
 
-import gc
-import weakref
-
 import comfy.model_base
 import comfy.model_management
 import pytest
 import torch
 
-from stretto.acceleration.errors import ConflictError
 from stretto.acceleration.hosts import comfy as host
 from stretto.acceleration.plan import Request
 
-from .tiny_models import LATENTS, conditioning, sample
+from .tiny_models import sample
 
-FAMILIES = ["sd3", "sd3.5", "wan", "flux", "kontext", "chroma", "flux2", "qwen_image", "qwen_image_edit", "lumina2", "z_image"]
+FAMILIES = [
+    "sd3",
+    "sd3.5",
+    "wan",
+    "flux",
+    "kontext",
+    "chroma",
+    "flux2",
+    "qwen_image",
+    "qwen_image_edit",
+    "lumina2",
+    "z_image",
+]
 EVERY = {"ratio": 1.0, "start": 2, "refresh_every": 0, "min_tokens": 0}
 HALF = {"ratio": 0.5, "start": 2, "refresh_every": 3, "min_tokens": 0}
 
@@ -43,7 +51,9 @@ def split_guidance(monkeypatch):
 CASES = [(1.0, 1, False, "euler"), (5.0, 1, False, "dpmpp_2m"), (5.0, 2, False, "euler"), (5.0, 2, True, "euler")]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"cfg{case[0]:g}-batch{case[1]}-{'split' if case[2] else 'merged'}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"cfg{case[0]:g}-batch{case[1]}-{'split' if case[2] else 'merged'}"
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_off_and_every_token_active_are_bit_exact(tiny, family, case, monkeypatch):
     """Ratio 1 is off; forced, every step takes tokens, kept keys and stale velocities through the whole machinery."""
