@@ -10,6 +10,7 @@ from ..acceleration.hosts import comfy as host
 from ..acceleration.plan import Request
 from ..acceleration.region.settings import (
     GUARDS,
+    KEYS,
     MASK_SIDE,
     NODE,
     NUMBERS,
@@ -200,6 +201,12 @@ def _fine() -> list[io.Input]:
             STALE,
             "What regions that are left out go on with: their last velocity, the line through their last two, or their last "
             "hidden state.",
+        ),
+        _choice(
+            "keys",
+            KEYS,
+            "What other regions see of those that are left out: as they were last, or continued along a line, which takes twice "
+            "the memory.",
         ),
         _choice(
             "guard",

@@ -22,6 +22,7 @@ class Memory:
         format: key of :data:`FORMATS`.
         layers: blocks whose keys and values are kept, by depth.
         blocks: number of blocks.
+        order: 0 for the last keys and values of each token, 1 for the last two.
         needed: bytes they take at most; of a refusal, the least they would take.
         allowed: bytes they may take.
     """
@@ -29,6 +30,7 @@ class Memory:
     format: str
     layers: frozenset[int]
     blocks: int
+    order: int
     needed: int
     allowed: int
 
@@ -46,6 +48,7 @@ class Memory:
         """Say what is kept, and how."""
         size = f"keys and values of every token: {mebibytes(self.needed)}, {mebibytes(self.allowed)} allowed"
         kind = "" if self.format == "as computed" else f", kept as {self.format}"
+        kind += ", of two steps" if self.order else ""
         few = "" if len(self.layers) == self.blocks else f", in {len(self.layers)} of {self.blocks} blocks"
         return f"{size}{kind}{few}"
 
@@ -57,10 +60,11 @@ class Memory:
         )
 
 
-def memory_for(facts: Facts, share: float) -> Memory:
+def memory_for(facts: Facts, share: float, order: int = 0) -> Memory:
     """Return how keys and values of a run are kept in ``share`` of the free memory.
 
-    As computed, else in 16 bits, else in 8, else in 8 in fewer blocks (at least half of them).
+    As computed, else in 16 bits, else in 8, else in 8 in fewer blocks (at least half of them). With ``order`` 1 of the last
+    two steps, while that fits in 16 bits.
     """
     descriptor, network = facts.descriptor, facts.network
     text = descriptor.text_tokens if descriptor.joint_text(network) else 0
@@ -70,21 +74,25 @@ def memory_for(facts: Facts, share: float) -> Memory:
     further = STREAMS[descriptor.family].further(network)
     allowed = int(facts.free_bytes * share)
     every = frozenset(range(blocks))
+    #: Noise levels of keys and of values, two each by token.
+    levels = 2 * 2 * 4 * facts.latent_shape[0] * facts.branches * (tokens + text)
 
     def bytes_of(element: int, count: int) -> int:
         return width * element * ((tokens + text) * count + tokens * min(further, count))
 
-    for name, element in FORMATS.items():
-        size = facts.element_bytes if element is None else element
-        if size > facts.element_bytes or (size == facts.element_bytes and element is not None):
-            continue
-        if bytes_of(size, blocks) <= allowed:
-            return Memory(name, every, blocks, bytes_of(size, blocks), allowed)
+    for kept_order in range(order, -1, -1):
+        for name, element in FORMATS.items():
+            size = facts.element_bytes if element is None else element
+            if (element is not None and size >= facts.element_bytes) or (kept_order and name == "fp8"):
+                continue
+            needed = bytes_of(size, blocks) * (1 + kept_order) + (blocks + further) * levels * kept_order
+            if needed <= allowed:
+                return Memory(name, every, blocks, kept_order, needed, allowed)
     least = -(-blocks // 2)
     count = next((n for n in range(blocks - 1, least, -1) if bytes_of(1, n) <= allowed), least)
     # Evenly over the depth, the last block among them: it decides what is drawn.
     kept = frozenset(blocks - 1 - index * blocks // count for index in range(count))
-    return Memory("fp8", kept, blocks, bytes_of(1, count), allowed)
+    return Memory("fp8", kept, blocks, 0, bytes_of(1, count), allowed)
 
 
 def mebibytes(size: int) -> str:

@@ -44,8 +44,8 @@ class RegionSchedule:
         return not every or since < every - 1
 
     def keeps(self, step: int) -> bool:
-        """Return whether keys and values of ``step`` may be needed at a later one."""
-        return self.first - 1 <= step < self.end - 1
+        """Return whether keys, values and outputs of ``step`` may be needed at a later one; a line needs two such steps."""
+        return self.first - 2 <= step < self.end - 1
 
     def ratio(self, step: int) -> float:
         """Return the share of active tokens at a partial ``step``."""

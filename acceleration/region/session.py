@@ -105,7 +105,7 @@ class RegionSession:
     _steps: list[tuple[Evaluation, torch.Tensor | None, tuple[int, int, int]]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        self._store = KeyStore(DTYPES[self.memory.format])
+        self._store = KeyStore(DTYPES[self.memory.format], self.memory.order)
         self._places = TokenPlaces(self.descriptor, self.network)
 
     @property
@@ -206,11 +206,11 @@ class RegionSession:
             return None
         branches = [branch.key for branch in call.branches]
         if passage.active is None:
-            self._store.keep(branches, layer, keys, values)
+            self._store.keep(branches, layer, axis, call.evaluation.sigma, keys, values)
             return None
         if not all(self._store.has(branch, layer) for branch in branches):
             return None
-        return *self._store.merged(branches, layer, found[0], axis, keys, values), *found
+        return *self._store.merged(branches, layer, found[0], call.evaluation.sigma, keys, values), *found
 
     def reset(self) -> None:
         """Forget everything of the trajectory that has ended."""
@@ -338,8 +338,7 @@ class RegionSession:
 
     def _renew_velocity(self, kept: _Branch, output: torch.Tensor, sigma: float) -> None:
         if kept.velocity is None or kept.velocity.newest.shape != output.shape:
-            levels = torch.full_like(output[:1, :1], sigma, dtype=torch.float32)
-            kept.velocity = Velocity(int(self.settings.stale == LINE), output, levels)
+            kept.velocity = Velocity.of(output, sigma, int(self.settings.stale == LINE))
         else:
             kept.velocity.renew(output, sigma)
 

@@ -14,6 +14,7 @@ SCHEDULES = (CONSTANT, LINEAR, BY_SIGMA)
 #: What inactive tokens keep: their last velocity, the line through their last two, or their last hidden state.
 REPEAT, LINE, HIDDEN = "repeat", "line", "hidden state"
 STALE = (REPEAT, LINE, HIDDEN)
+KEYS = (REPEAT, LINE)
 #: Which tokens stay active: what changes most, guarded against starvation, or the order of the published code.
 CORRECTED, PUBLISHED = "corrected", "published"
 GUARDS = (CORRECTED, PUBLISHED)
@@ -46,6 +47,8 @@ class RegionSettings:
         most_skips: steps in a row that a token may be left out.
         schedule: one of :data:`SCHEDULES`.
         stale: one of :data:`STALE`.
+        keys: what the keys and values of inactive tokens do: :data:`REPEAT` their last, or :data:`LINE`, which takes twice
+            the memory.
         guard: one of :data:`GUARDS`.
         mask: rows of "0" and "1", top to bottom: tokens under a 1 are always active; empty for none.
         min_tokens: below so many image tokens everything is computed.
@@ -57,13 +60,14 @@ class RegionSettings:
 
     ratio: float = 0.5
     start: int = 4
-    tail: int = 0
-    refresh_every: int = 5
+    tail: int = 5
+    refresh_every: int = 2
     resets: tuple[int, ...] = ()
     starvation: float = 0.1
     most_skips: int = 4
     schedule: str = CONSTANT
-    stale: str = REPEAT
+    stale: str = LINE
+    keys: str = LINE
     guard: str = CORRECTED
     mask: tuple[str, ...] = ()
     min_tokens: int = 64
@@ -72,7 +76,7 @@ class RegionSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "resets", tuple(self.resets))
         object.__setattr__(self, "mask", tuple(self.mask))
-        for name, options in (("schedule", SCHEDULES), ("stale", STALE), ("guard", GUARDS)):
+        for name, options in (("schedule", SCHEDULES), ("stale", STALE), ("keys", KEYS), ("guard", GUARDS)):
             if getattr(self, name) not in options:
                 _refuse(name, getattr(self, name), f"it must be one of {', '.join(options)}")
         for name, (low, high) in WHOLE.items():

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...kernels.token_rows import put_rows
+from ...kernels.token_rows import put_rows, take_rows
 
-#: Largest number of float8_e4m3fn.
-_FP8_MOST = 448.0
+#: Largest number of float8_e4m3fn, and room above the largest value seen: later ones may be larger.
+_FP8_MOST, _ROOM = 448.0, 2.0
 
 
 class Kept:
@@ -16,41 +16,62 @@ class Kept:
 
     Args:
         like: what they look like: [B, N, D] or [B, H, N, d].
+        axis: where the tokens are.
         dtype: how they are kept; None for as they are computed.
+        order: 0 reads them as they were computed last; 1 continues each token's along the line through its last two.
     """
 
-    def __init__(self, like: torch.Tensor, dtype: torch.dtype | None):
-        self.computed = like.dtype
+    def __init__(self, like: torch.Tensor, axis: int, dtype: torch.dtype | None = None, order: int = 0):
+        self.computed, self.axis = like.dtype, axis
         self.data = torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
         scaled = dtype == torch.float8_e4m3fn
         self.scale = torch.empty([len(like), *[1] * (like.ndim - 1)], device=like.device) if scaled else None
+        self.before = torch.empty_like(self.data) if order else None
+        #: Noise levels of the last and of the one before, by batch row and token; 0 for none yet.
+        self.levels = torch.zeros(2, len(like), like.shape[axis], device=like.device) if order else None
 
     @property
     def nbytes(self) -> int:
         """Bytes taken."""
-        return self.data.nbytes + (self.scale.nbytes if self.scale is not None else 0)
+        return sum(item.nbytes for item in (self.data, self.scale, self.before, self.levels) if item is not None)
 
-    def fill(self, values: torch.Tensor, first: int = 0) -> None:
-        """Write ``values`` into the batch rows from ``first`` on."""
-        part = slice(first, first + len(values))
+    def fill(self, values: torch.Tensor, sigma: float) -> None:
+        """Write ``values`` of all tokens of all batch rows, computed at noise level ``sigma``."""
         if self.scale is not None:
             most = values.abs().amax(dim=tuple(range(1, values.ndim)), keepdim=True).float()
-            self.scale[part] = (most / _FP8_MOST).clamp(min=1e-12)
-        self.data[part] = self._packed(values, part)
+            self.scale.copy_((_ROOM * most / _FP8_MOST).clamp(min=1e-12))
+        if self.before is not None:
+            self.before, self.data = self.data, self.before
+            self.levels[1] = self.levels[0]
+            self.levels[0] = sigma
+        self.data.copy_(self._packed(values, slice(None)))
 
-    def put(self, values: torch.Tensor, rows: torch.Tensor, axis: int, first: int = 0) -> None:
-        """Write ``values`` at the token ``rows`` of the batch rows from ``first`` on."""
+    def put(self, values: torch.Tensor, rows: torch.Tensor, sigma: float, first: int = 0) -> None:
+        """Write ``values`` at the token ``rows`` of the batch rows from ``first`` on, computed at noise level ``sigma``."""
         part = slice(first, first + len(values))
         packed, target = self._packed(values, part), self.data[part]
+        if self.before is not None:
+            put_rows(self.before[part], rows, take_rows(target, rows, self.axis), self.axis)
+            self.levels[1, part, rows] = self.levels[0, part, rows]
+            self.levels[0, part, rows] = sigma
         if self.scale is not None:  # bytes: few operations know eight-bit floats
             packed, target = packed.view(torch.uint8), target.view(torch.uint8)
-        put_rows(target, rows, packed, axis)
+        put_rows(target, rows, packed, self.axis)
 
-    def read(self, first: int, count: int) -> torch.Tensor:
-        """Return ``count`` batch rows from ``first`` on, as they are computed; a view where nothing needs converting."""
+    def read(self, first: int, count: int, sigma: float) -> torch.Tensor:
+        """Return ``count`` batch rows from ``first`` on at noise level ``sigma``; a view where nothing is to be done."""
         part = slice(first, first + count)
         values = self.data[part].to(self.computed)
-        return values if self.scale is None else values * self.scale[part].to(self.computed)
+        if self.scale is not None:
+            return values * self.scale[part].to(self.computed)
+        if self.before is None:
+            return values
+        last, older = self.levels[0, part], self.levels[1, part]
+        ahead = torch.where((older > 0) & (older != last), (sigma - last) / (last - older), 0.0).clamp(0.0, 2.0)
+        shape = [count, *[1] * (values.ndim - 1)]
+        shape[self.axis] = -1
+        change = values - self.before[part].to(self.computed)
+        return torch.addcmul(values, change, ahead.reshape(shape).to(self.computed))
 
     def _packed(self, values: torch.Tensor, part: slice) -> torch.Tensor:
         if self.scale is not None:
@@ -73,27 +94,37 @@ class KeyStore:
 
     Attributes:
         dtype: how they are kept; None for as they are computed.
+        order: see :class:`Kept`.
         bytes: taken now.
         peak_bytes: most ever taken.
     """
 
     dtype: torch.dtype | None = None
+    order: int = 0
     bytes: int = 0
     peak_bytes: int = 0
     _shares: dict[tuple[Hashable, Hashable], _Share] = field(default_factory=dict, repr=False)
 
-    def keep(self, branches: Sequence[Hashable], layer: Hashable, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def keep(
+        self,
+        branches: Sequence[Hashable],
+        layer: Hashable,
+        axis: int,
+        sigma: float,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
         """Keep the keys and values of all tokens of the ``branches`` of a call, as they stand in its batch."""
         rows = len(keys) // len(branches)
         shares = [self._shares.get((branch, layer)) for branch in branches]
         if not self._together(shares, rows, keys):
-            made = Kept(keys, self.dtype), Kept(values, self.dtype)
+            made = (Kept(keys, axis, self.dtype, self.order), Kept(values, axis, self.dtype, self.order))
             for index, branch in enumerate(branches):
                 self._shares[branch, layer] = _Share(*made, index * rows)
             shares = [self._shares[branch, layer] for branch in branches]
             self._count()
-        shares[0].keys.fill(keys)
-        shares[0].values.fill(values)
+        shares[0].keys.fill(keys, sigma)
+        shares[0].values.fill(values, sigma)
 
     def has(self, branch: Hashable, layer: Hashable) -> bool:
         """Whether something is kept."""
@@ -104,7 +135,7 @@ class KeyStore:
         branches: Sequence[Hashable],
         layer: Hashable,
         rows: torch.Tensor,
-        axis: int,
+        sigma: float,
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,11 +144,14 @@ class KeyStore:
         shares = [self._shares[branch, layer] for branch in branches]
         for index, share in enumerate(shares):
             part = slice(index * count, (index + 1) * count)
-            share.keys.put(keys[part], rows, axis, share.first)
-            share.values.put(values[part], rows, axis, share.first)
+            share.keys.put(keys[part], rows, sigma, share.first)
+            share.values.put(values[part], rows, sigma, share.first)
         if self._together(shares, count, None):
-            return shares[0].keys.read(0, len(keys)), shares[0].values.read(0, len(keys))
-        found = [(share.keys.read(share.first, count), share.values.read(share.first, count)) for share in shares]
+            return shares[0].keys.read(0, len(keys), sigma), shares[0].values.read(0, len(keys), sigma)
+        found = [
+            (share.keys.read(share.first, count, sigma), share.values.read(share.first, count, sigma))
+            for share in shares
+        ]
         return torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])
 
     def clear(self) -> None:
@@ -145,28 +179,39 @@ class KeyStore:
 class Velocity:
     """Network output that the inactive tokens of one branch go on with, per latent pixel.
 
+    Slopes come from the last two passes over all tokens alone: what active tokens were given between them was computed
+    beside older keys, and a line through it would carry its error on.
+
     Attributes:
-        order: 0 repeats a token's last computed output, 1 continues the line through its last two.
-        newest: last output, active tokens' as computed, [B, C, ...].
-        sigma: noise levels it was computed at, broadcastable to it.
-        before: the computed output before it, and its noise levels; None as long as there is none.
+        order: 0 repeats a token's last output, 1 continues it along the slope.
+        newest: last output of each token [B, C, ...]: computed, or with order 0 repeated.
+        sigma: noise levels it belongs to, broadcastable to it.
+        whole: last output that was computed for all tokens, and its noise level.
+        slope: change of such outputs per noise level; None as long as there was one only.
     """
 
     order: int
     newest: torch.Tensor
     sigma: torch.Tensor
-    before: tuple[torch.Tensor, torch.Tensor] | None = None
+    whole: tuple[torch.Tensor, float]
+    slope: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, output: torch.Tensor, sigma: float, order: int) -> "Velocity":
+        """Return what tokens go on with after their first output [B, C, ...], at noise level ``sigma``."""
+        return cls(order, output, torch.full_like(output[:1, :1], sigma, dtype=torch.float32), (output, sigma))
 
     @property
     def nbytes(self) -> int:
         """Bytes taken."""
-        return self.newest.nbytes + (self.before[0].nbytes if self.before else 0)
+        return self.newest.nbytes * (3 if self.order else 1)
 
     def renew(self, output: torch.Tensor, sigma: float) -> None:
         """Take an output that was computed for every token."""
-        if self.order:
-            self.before = self.newest, self.sigma
-        self.newest, self.sigma = output, torch.full_like(self.sigma, sigma)
+        before, level = self.whole
+        if self.order and sigma != level:
+            self.slope = (output - before) / (sigma - level)
+        self.newest, self.sigma, self.whole = output, torch.full_like(self.sigma, sigma), (output, sigma)
 
     def patched(self, output: torch.Tensor, active: torch.Tensor, sigma: float) -> torch.Tensor:
         """Return ``output`` with inactive tokens' own, and take note of the active ones'.
@@ -176,19 +221,10 @@ class Velocity:
             active: bool, broadcastable to it.
             sigma: noise level.
         """
-        stale = self.newest
-        if self.before is not None:
-            values, sigmas = self.before
-            ahead = ((sigma - self.sigma) / (self.sigma - sigmas)).clamp(0.0, 2.0)
-            stale = self.newest + torch.nan_to_num(ahead, nan=0.0) * (self.newest - values)
-            self.before = torch.where(active, self.newest, values), torch.where(active, self.sigma, sigmas)
-        made = torch.where(active, output, stale)
-        if self.order:
-            self.newest = torch.where(active, output, self.newest)
-            self.sigma = torch.where(active, torch.full_like(self.sigma, sigma), self.sigma)
-        else:
-            self.newest = made
-        return made
+        stale = self.newest if self.slope is None else self.newest + (sigma - self.sigma) * self.slope
+        self.newest = torch.where(active, output, self.newest)
+        self.sigma = torch.where(active, torch.full_like(self.sigma, sigma), self.sigma)
+        return torch.where(active, output, stale)
 
 
 def with_rows(whole: torch.Tensor, rows: torch.Tensor, part: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from .memory import Memory, memory_for
 from .schedule import RegionSchedule
 from .selection import friendly_count
 from .session import RegionSession
-from .settings import NODE, RegionSettings
+from .settings import LINE, NODE, RegionSettings
 from .tokens import STREAMS
 
 _HOOK = "attention_override"
@@ -44,7 +44,7 @@ class RegionTechnique:
             return Outcome(
                 self.name, OFF, f"start, tail and refresh_every leave no step of {facts.schedule.steps} to save"
             )
-        memory = memory_for(facts, settings.memory_share)
+        memory = memory_for(facts, settings.memory_share, int(settings.keys == LINE))
         if not memory.fits:
             return Outcome(self.name, OFF, memory.refusal())
         session = RegionSession(settings, schedule, facts.descriptor, facts.network, memory, facts.worked_on)
