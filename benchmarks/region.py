@@ -1,6 +1,7 @@
 """Region-adaptive sampling on the demo video model: quality for work, guards compared, and wall time.
 
-    .venv/bin/python benchmarks/region.py [quality] [guard] [speed] [--count 16] [--rounds 2] [--threads 1]
+    .venv/bin/python benchmarks/region.py [quality] [guard] [speed] [--count 16] [--arms REGEX]
+                                          [--rounds 2] [--threads 1]
 
 In process, batch 1, CFG 5, 28 Euler steps, the arms of a prompt one after the other after a discarded warm-up. Work is the share
 of all tokens that ran through the blocks.
@@ -12,14 +13,16 @@ guard: the corrected choice of tokens beside the one of the published code, ever
 speed: the same weights on 1,280 tokens (5 x 16 x 16), whose pictures show nothing sensible: seconds of interleaved runs, on the
     clock and of processor time, over the plain run's.
 
-Prints a table a part and writes benchmarks/results/region.json; parts that were not asked for stay in the file.
+Prints a table a part and writes benchmarks/results/region.json after every prompt; what was not asked for stays in the file.
 """
 
 import argparse
 import json
 import platform
+import re
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from caching import MODELS, RESULTS, Bench, psnr
@@ -87,8 +90,8 @@ def run(bench: Bench, arm: dict | int, prompt: str, seed: int) -> tuple:
     return latent, statistics.mean(1.0 if e["active_share"] is None else e["active_share"] for e in entries), *seconds
 
 
-def quality(bench: Bench, arms: dict, prompts: list[str]) -> dict[str, Row]:
-    """PSNR of every arm to the plain run."""
+def quality(bench: Bench, arms: dict, prompts: list[str], save: Callable[[dict[str, Row]], None]) -> dict[str, Row]:
+    """PSNR of every arm to the plain run; saved after every prompt."""
     rows = {name: Row() for name in arms}
     run(bench, STEPS, prompts[0], 1)
     for index, prompt in enumerate(prompts):
@@ -97,6 +100,7 @@ def quality(bench: Bench, arms: dict, prompts: list[str]) -> dict[str, Row]:
             latent, rows[name].work, *_ = run(bench, arm, prompt, 1000 + index)
             rows[name].psnr.append(min(psnr(bench.vae.decode(latent).float(), plain), 120.0))
         print(f"  {index + 1} of {len(prompts)}: {prompt}", flush=True)
+        save(rows)
     return rows
 
 
@@ -150,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=["quality", "guard", "speed", []], default=[])
     parser.add_argument("--count", type=int, default=16, help="held-out prompts")
+    parser.add_argument("--arms", default="", help="only arms whose name matches; others stay in the file")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -163,11 +168,17 @@ def main() -> None:
     document["machine"] = f"{platform.machine()}, torch {torch.__version__}, {args.threads} threads"
     with torch.inference_mode():
         for part in args.parts or ["quality", "guard", "speed"]:
-            bench, arms = Bench("video"), arms_of(part)
-            rows = speed(bench, arms, prompts[0], args.rounds) if part == "speed" else quality(bench, arms, prompts)
-            document[part] = {name: row.to_json() for name, row in rows.items()}
+            bench, arms = Bench("video"), {name: arm for name, arm in arms_of(part).items() if re.search(args.arms, name)}
+
+            def save(rows: dict[str, Row], part: str = part) -> None:
+                document.setdefault(part, {}).update({name: row.to_json() for name, row in rows.items()})
+                path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+            if part == "speed":
+                save(speed(bench, arms, prompts[0], args.rounds))
+            else:
+                quality(bench, arms, prompts, save)
             print(table(part, document[part]), flush=True)
-            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from .attention_map import _colour, _rgb
 from .timeline import BACKGROUND, FAINT, INK, MARGIN, WIDTH, _font
 
-TOP, THUMB, GAP, CAPTION, LARGE = 74, 104, 12, 18, 300
+TOP, THUMB, GAP, CAPTION, LARGE = 74, 104, 12, 18, 296
 ACROSS = (WIDTH - 2 * MARGIN + GAP) // (THUMB + GAP)
 #: Side of the moving picture's frames, and how strongly regions that rest are darkened.
 MOVING, REST = 384, 0.28

@@ -46,7 +46,7 @@ class Memory:
 
     def words(self) -> str:
         """Say what is kept, and how."""
-        size = f"keys and values of every token: {mebibytes(self.needed)}, {mebibytes(self.allowed)} allowed"
+        size = f"keys, values and outputs of every token: {mebibytes(self.needed)}, {mebibytes(self.allowed)} allowed"
         kind = "" if self.format == "as computed" else f", kept as {self.format}"
         kind += ", of two steps" if self.order else ""
         few = "" if len(self.layers) == self.blocks else f", in {len(self.layers)} of {self.blocks} blocks"
@@ -60,11 +60,11 @@ class Memory:
         )
 
 
-def memory_for(facts: Facts, share: float, order: int = 0) -> Memory:
+def memory_for(facts: Facts, share: float, order: int = 0, rest: int = 0) -> Memory:
     """Return how keys and values of a run are kept in ``share`` of the free memory.
 
     As computed, else in 16 bits, else in 8, else in 8 in fewer blocks (at least half of them). With ``order`` 1 of the last
-    two steps, while that fits in 16 bits.
+    two steps, while that fits in 16 bits. ``rest`` bytes are taken by what else is kept.
     """
     descriptor, network = facts.descriptor, facts.network
     text = descriptor.text_tokens if descriptor.joint_text(network) else 0
@@ -78,14 +78,15 @@ def memory_for(facts: Facts, share: float, order: int = 0) -> Memory:
     levels = 2 * 2 * 4 * facts.latent_shape[0] * facts.branches * (tokens + text)
 
     def bytes_of(element: int, count: int) -> int:
-        return width * element * ((tokens + text) * count + tokens * min(further, count))
+        scales = 2 * 4 * facts.latent_shape[0] * facts.branches * (count + further) if element == 1 else 0
+        return rest + scales + width * element * ((tokens + text) * count + tokens * min(further, count))
 
     for kept_order in range(order, -1, -1):
         for name, element in FORMATS.items():
             size = facts.element_bytes if element is None else element
             if (element is not None and size >= facts.element_bytes) or (kept_order and name == "fp8"):
                 continue
-            needed = bytes_of(size, blocks) * (1 + kept_order) + (blocks + further) * levels * kept_order
+            needed = bytes_of(size * (1 + kept_order), blocks) + (blocks + further) * levels * kept_order
             if needed <= allowed:
                 return Memory(name, every, blocks, kept_order, needed, allowed)
     least = -(-blocks // 2)

@@ -8,7 +8,7 @@ from .memory import Memory, memory_for
 from .schedule import RegionSchedule
 from .selection import friendly_count
 from .session import RegionSession
-from .settings import LINE, NODE, RegionSettings
+from .settings import HIDDEN, LINE, NODE, RegionSettings
 from .tokens import STREAMS
 
 _HOOK = "attention_override"
@@ -44,13 +44,15 @@ class RegionTechnique:
             return Outcome(
                 self.name, OFF, f"start, tail and refresh_every leave no step of {facts.schedule.steps} to save"
             )
-        memory = memory_for(facts, settings.memory_share, int(settings.keys == LINE))
+        rest = facts.snapshot_bytes("blocks") if settings.stale == HIDDEN else 3 * facts.snapshot_bytes("output")
+        order = int(settings.keys == LINE)
+        memory = memory_for(facts, settings.memory_share, order, rest)
         if not memory.fits:
             return Outcome(self.name, OFF, memory.refusal())
         session = RegionSession(settings, schedule, facts.descriptor, facts.network, memory, facts.worked_on)
         return Outcome(
             self.name,
-            REDUCED if memory.reduced else ACTIVE,
+            REDUCED if memory.reduced or memory.order < order else ACTIVE,
             _words(settings, schedule, memory, facts),
             session=session,
             needs_blocks=STREAMS[facts.descriptor.family].patched is None,

@@ -54,13 +54,14 @@ def split_guidance(monkeypatch):
     monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *args, **kwargs: 1 << 60)
 
 
-CASES = [(1.0, 1, False, "euler"), (5.0, 1, False, "dpmpp_2m"), (5.0, 2, False, "euler"), (5.0, 2, True, "euler")]
+#: (cfg, batch, split, sampler)
+CASES = [(5.0, 2, False, "euler"), (1.0, 1, False, "euler"), (5.0, 1, False, "dpmpp_2m"), (5.0, 2, True, "euler")]
 
 
 @pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: f"cfg{case[0]:g}-batch{case[1]}-{'split' if case[2] else 'merged'}"
+    ("family", "case"),
+    [(family, case) for family in FAMILIES for case in (CASES if family in ("sd3", "wan", "flux") else CASES[:1])],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_off_and_every_token_active_are_bit_exact(tiny, family, case, monkeypatch):
     """Ratio 1 is off; forced, every step takes tokens, kept keys and stale velocities through the whole machinery."""
     cfg, batch, split, sampler = case
@@ -198,19 +199,15 @@ def test_outside_an_inpainting_mask_nothing_is_worked_on(tiny):
 def test_memory_is_counted_shown_and_bounded(tiny, monkeypatch):
     """Kept in fewer bits, then in fewer blocks, then off; never more than announced."""
     found = []
-    for free in (1 << 30, 60_000, 30_000, 4_000):
+    for free in (1 << 30, 60_000, 40_000, 34_000, 32_000, 4_000):
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args, free=free, **kwargs: free)
         sample(region(tiny("wan"), {**HALF, "memory_share": 1.0}), "wan", steps=6)
         found.append(status())
         if found[-1]["status"] != "off":
-            assert (
-                0
-                < trace()["memory"]["store_peak_bytes"] - 2 * 16 * 3 * 6 * 4 * 4 * 3
-                <= found[-1]["store_bytes"]
-                <= free
-            )
-    assert [item["status"] for item in found] == ["active", "reduced", "reduced", "off"]
-    assert "fp8" in found[2]["reason"] and "memory_share" in found[3]["reason"]
+            assert 0 < trace()["memory"]["store_peak_bytes"] <= found[-1]["store_bytes"] <= free
+    assert [item["status"] for item in found] == ["active", *["reduced"] * 4, "off"]
+    kinds = ["of two steps", "bf16, of two steps", "kept as bf16", "kept as fp8", "fp8, in 2 of 3 blocks", "memory_share"]
+    assert all(words in item["reason"] for words, item in zip(kinds, found, strict=True)), [i["reason"] for i in found]
 
 
 def test_a_cache_decides_first_and_regions_act_in_its_computed_steps(tiny):
