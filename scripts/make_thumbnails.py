@@ -4,7 +4,7 @@
     .venv-panel/bin/python scripts/make_thumbnails.py [--server http://127.0.0.1:8188]
 
 Without --server a ComfyUI is started for it. Each thumbnail shows four prompts (a clip as a row of frames) and, below,
-one cell per step: computed, computed with sparse attention or on a smaller latent, forecast or reused.
+one cell per step: computed, computed in part (sparse attention, active regions, a smaller latent), forecast or reused.
 """
 
 import argparse
@@ -108,8 +108,9 @@ def make(client: ComfyClient, path: Path) -> None:
         samplers = sorted(edit.sampler_ids(api), key=lambda key: int(api[key]["inputs"].get("start_at_step", 0)))
         entries = [entry for key in samplers for entry in last.get(key, ())]
         tokens = [max((branch["tokens"] for branch in entry["branches"]), default=0) for entry in entries]
+        shares = ("attention_kept", "active_share")
         decisions = [
-            "sparse" if entry["attention_kept"] is not None or 0 < size < max(tokens) else entry["decision"]
+            "sparse" if any(entry[name] is not None for name in shares) or 0 < size < max(tokens) else entry["decision"]
             for entry, size in zip(entries, tokens)
         ]
     draw(pictures, decisions).save(path.with_suffix(".jpg"), quality=88, optimize=True)
