@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from caching import MODELS, RESULTS, Bench, psnr
 from module_table import sample
@@ -122,7 +123,7 @@ def beyond(rows: dict[str, dict], name: str) -> float | None:
     """How far an arm's PSNR lies above fewer steps of equal work; None outside of what was measured."""
     points = sorted((row["work"], row["psnr_mean"]) for other, row in rows.items() if other.endswith(" steps"))
     work = rows[name]["work"]
-    pairs = [(a, b) for a, b in zip(points, points[1:]) if a[0] <= work <= b[0]]
+    pairs = [(a, b) for a, b in pairwise(points) if a[0] <= work <= b[0]]
     if not pairs:
         return None
     (low, below), (high, above) = pairs[0]

@@ -150,6 +150,7 @@ class RegionSession:
             return denoised  # a cache answered
         if passage.active is None:
             self._full += 1
+            call.evaluation.active_share = None  # whatever another call of the evaluation left out
             self._renew(call, passage, denoised)
             return denoised
         self._partial += 1
