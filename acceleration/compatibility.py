@@ -11,6 +11,7 @@ from .caching.table import TableTechnique
 from .caching.technique import CacheTechnique
 from .errors import ConflictError, StrettoError
 from .facts import Facts, Outcome
+from .frame_rate.technique import FrameRateTechnique
 from .guidance.technique import GuidanceTechnique
 from .measure import MeasureTechnique
 from .plan import Plan, Request
@@ -39,6 +40,7 @@ TECHNIQUES: dict[str, Technique] = {
         MeasureTechnique(),
         GuidanceTechnique(),
         ResolutionTechnique(),
+        FrameRateTechnique(),
         CacheTechnique(),
         TableTechnique(),
         ProfileTechnique(),

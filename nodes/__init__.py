@@ -12,6 +12,15 @@ from .cache import StrettoCache
 from .calibrate import StrettoCalibrate
 from .combine_weights import StrettoCombineWeights
 from .demo import StrettoDemoText
+from .frame_rate import (
+    StrettoDynamicFrameRate,
+    StrettoDynamicVAEDecode,
+    StrettoDynamicVAEEncode,
+    StrettoFrameRateSecondPass,
+    StrettoFrameSchedule,
+    StrettoRestoreFrames,
+)
+from .frame_rate_files import StrettoLoadScheduledLatent, StrettoSaveScheduledLatent
 from .guidance import StrettoGuidanceSaver
 from .load_attention_weights import StrettoLoadAttentionWeights
 from .load_quantized import StrettoLoadDiffusionModel, StrettoLoadTextEncoder
@@ -71,4 +80,12 @@ class StrettoExtension(ComfyExtension):
             StrettoBlockProbe,
             StrettoRegionAdaptive,
             StrettoRegionMap,
+            StrettoFrameSchedule,
+            StrettoDynamicVAEEncode,
+            StrettoDynamicVAEDecode,
+            StrettoDynamicFrameRate,
+            StrettoFrameRateSecondPass,
+            StrettoRestoreFrames,
+            StrettoSaveScheduledLatent,
+            StrettoLoadScheduledLatent,
         ]

@@ -229,7 +229,7 @@ def schedule_of_latent(latent: Mapping[str, Any]) -> FrameRateSchedule | None:
         raise StrettoError(
             f"The frame-rate schedule of this latent is stale: it describes {schedule.latents} latent frames "
             f"({schedule.check}) and the latent has {what}. A node in between has cut or joined the video: do that "
-            "before encoding or after decoding, or remove the schedule with Stretto Frame Schedule Transfer."
+            "before encoding or after decoding. (VAE Decode reads no schedule and decodes the latent frames that are there.)"
         )
     return schedule
 

@@ -86,7 +86,7 @@ def progressive_sampler(sampler: Any, wanted: Request) -> Any:
     Raises:
         StrettoError: bad settings, or ``sampler`` already runs in stages.
     """
-    return ProgressiveSampler(sampler, wanted, _sampler_traits)
+    return ProgressiveSampler(sampler, wanted, sampler_traits)
 
 
 def _refuse_core_cache(options: dict[str, Any]) -> None:
@@ -162,7 +162,7 @@ def _facts(guider: Any, noise: torch.Tensor, sampler: Any, sigmas: torch.Tensor,
     return Facts(
         network=network,
         descriptor=describe(network),
-        sampler=_sampler_traits(sampler),
+        sampler=sampler_traits(sampler),
         schedule=schedule_of(sigmas.tolist()),
         latent_shape=tuple(noise.shape),
         branches=1 if cfg == 1.0 and not guider.model_options.get("disable_cfg1_optimization") else 2,
@@ -173,7 +173,7 @@ def _facts(guider: Any, noise: torch.Tensor, sampler: Any, sigmas: torch.Tensor,
     )
 
 
-def _sampler_traits(sampler: Any) -> SamplerTraits:
+def sampler_traits(sampler: Any) -> SamplerTraits:
     function = getattr(sampler, "sampler_function", None)
     name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_").removesuffix("_function")
     traits = traits_of(name)

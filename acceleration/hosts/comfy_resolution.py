@@ -128,7 +128,7 @@ def stage_obstacle(guider: Any, sampler: Any, options: dict[str, Any], denoise_m
     """Return why a run cannot be cut into stages of different sizes, or None."""
     if type(sampler) is not comfy.samplers.KSAMPLER:
         return f"the sampler is a {type(sampler).__name__} of another pack, which cannot be run in parts"
-    if not _is_flow(guider.model_patcher.get_model_object("model_sampling")):
+    if not is_flow(guider.model_patcher.get_model_object("model_sampling")):
         return "the model is not a flow: its noise levels at different sizes are not related as a flow's are"
     if "denoise_mask_function" in options:
         return "differential diffusion changes its mask with the noise level of the full size"
@@ -146,7 +146,7 @@ def _remembers_guidance(function: Callable) -> bool:
     return bool(inspect.getclosurevars(function).nonlocals.get("momentum")) if inspect.isfunction(function) else False
 
 
-def _is_flow(model_sampling: Any) -> bool:
+def is_flow(model_sampling: Any) -> bool:
     """Whether x = (1 - sigma) x0 + sigma noise and denoised = x - sigma * output, asked of the model itself."""
     sigma, zero, one = torch.tensor([0.25]), torch.zeros(1, 1), torch.ones(1, 1)
     expected = (

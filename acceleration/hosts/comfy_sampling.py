@@ -55,7 +55,7 @@ class SamplingJob:
         model = self.model if model is None else model
         seed = self.seed if seed is None else seed
         steps = self.steps if steps is None else steps
-        latent, noise = self._start(model, seed)
+        latent, noise = self.start(model, seed)
         quiet = callback is not None or not comfy.utils.PROGRESS_BAR_ENABLED
         return comfy.sample.sample(
             model,
@@ -76,7 +76,7 @@ class SamplingJob:
 
     def run_with(self, function: Callable[..., torch.Tensor], callback: Callback) -> torch.Tensor:
         """Sample with a sampler function of ours in the place of the job's sampler, over the same noise levels."""
-        latent, noise = self._start(self.model, self.seed)
+        latent, noise = self.start(self.model, self.seed)
         return comfy.sample.sample_custom(
             self.model,
             noise,
@@ -107,7 +107,7 @@ class SamplingJob:
         from_input = model_sampling.calculate_denoised(sigma, zero, one)
         return bool((from_output + sigma).abs() <= tolerance * sigma and (from_input - 1.0).abs() <= tolerance)
 
-    def _start(self, model: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def start(self, model: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the latent that sampling starts from, and its noise."""
         # Newer ComfyUI notes in an empty latent how much smaller than the picture it is.
         scale = [self.latent["downscale_ratio_spacial"]] if "downscale_ratio_spacial" in self.latent else []

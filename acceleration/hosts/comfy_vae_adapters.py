@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import comfy.ldm.modules.diffusionmodules.model
 import comfy.ldm.wan.vae
 import torch
 
@@ -108,8 +109,183 @@ def _pooled(x: torch.Tensor, rate: int) -> torch.Tensor:
     return x.unflatten(2, (-1, rate)).mean(3)
 
 
+class WholeClipAdapter:
+    """HunyuanVideo 1.0: pooled before the encoder's middle, repeated after the decoder's, the whole clip at once.
+
+    No caches and no segments, so rates may change anywhere and nothing needs a warm-up.
+    """
+
+    def __init__(self, network: Any, patcher: Any, schedule: FrameRateSchedule):
+        self.network, self.rates, self._active = network, (1, *schedule.rates), False
+        enter, leave = "encoder.mid.block_1.forward", "decoder.mid.block_2.forward"
+        patcher.add_object_patch(enter, self._pooling(patcher.get_model_object(enter)))
+        patcher.add_object_patch(leave, self._repeating(patcher.get_model_object(leave)))
+
+    @staticmethod
+    def obstacle(network: Any) -> str | None:
+        """Return why this network cannot be driven, or None."""
+        video = getattr(comfy.ldm.modules.diffusionmodules.model, "VideoConv3d", None)
+        if video is None or not isinstance(getattr(network.encoder, "conv_in", None), video):
+            return "it codes pictures, not videos"
+        if not hasattr(network.encoder, "mid") or not hasattr(network.decoder, "mid"):
+            return "its encoder or decoder has no middle"
+        return None
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """See :class:`Adapter`."""
+        return self._run(self.network.encode, x)
+
+    def decode(self, z: torch.Tensor, **options: Any) -> torch.Tensor:
+        """See :class:`Adapter`."""
+        return self._run(self.network.decode, z, **options)
+
+    def encode_memory(self, rate: int) -> float:
+        """See :class:`Adapter`: as ever."""
+        return 1.0
+
+    def decode_memory(self, rate: int) -> float:
+        """See :class:`Adapter`: the estimate sees short latents of which at most ``rate`` times as many become frames."""
+        return float(rate)
+
+    def _run(self, function: Callable, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        self._active = True
+        try:
+            return function(x, **options)
+        finally:
+            self._active = False
+
+    def _pooling(self, original: Callable) -> Callable:
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return original(_pooled_by(x, self.rates, 2) if self._active else x, *args, **kwargs)
+
+        return forward
+
+    def _repeating(self, original: Callable) -> Callable:
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            out = original(x, *args, **kwargs)
+            return out.repeat_interleave(torch.tensor(self.rates, device=out.device), dim=2) if self._active else out
+
+        return forward
+
+
+class TinyVideoAdapter:
+    """The tiny video VAEs (TAEHV): their pooling and growing layers of stride 1 take the rates as strides.
+
+    Both stand where time is compressed the most, the one before the encoder's last stage, the other behind the
+    decoder's first, and the network's own loop asks them for their stride at every time step.
+    """
+
+    def __init__(self, network: Any, patcher: Any, schedule: FrameRateSchedule):
+        self.network, self.rates = network, (1, *schedule.rates)
+        pool, grow = _unit_layers(network)
+        names = f"encoder.{pool}", f"decoder.{grow}"
+        # Another clone's layers may stand in the network still; the patcher knows the original ones.
+        pooling, growing = (patcher.get_model_object(name) for name in names)
+        self._layers = _rated(pooling, self.rates, _pool_step), _rated(growing, self.rates, _grow_step)
+        for name, layer in zip(names, self._layers, strict=True):
+            patcher.add_object_patch(name, layer)
+
+    @staticmethod
+    def obstacle(network: Any) -> str | None:
+        """Return why this network cannot be driven, or None."""
+        if not {"parallel", "frames_to_trim"} <= set(vars(network)):
+            return f"this ComfyUI's {type(network).__name__} is built otherwise"
+        return "it has no pooling or growing layer of stride 1" if None in _unit_layers(network) else None
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """See :class:`Adapter`."""
+        return self._run(self.network.encode, x)
+
+    def decode(self, z: torch.Tensor, **options: Any) -> torch.Tensor:
+        """See :class:`Adapter`."""
+        return self._run(self.network.decode, z, **options)
+
+    def encode_memory(self, rate: int) -> float:
+        """See :class:`Adapter`: as ever."""
+        return 1.0
+
+    def decode_memory(self, rate: int) -> float:
+        """See :class:`Adapter`: a latent becomes up to ``rate`` times as many frames."""
+        return float(rate)
+
+    def _run(self, function: Callable, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        for layer in self._layers:
+            layer.start(x.shape[0], self.network.parallel)
+        try:
+            return function(x, **options)
+        finally:
+            for layer in self._layers:
+                layer.stop()
+
+
+def _unit_layers(network: Any) -> tuple[int | None, int | None]:
+    """Return the places of the encoder's pooling and the decoder's growing layer of stride 1; None where it has none."""
+
+    def place(part: Any, kind: str) -> int | None:
+        names = [{base.__name__ for base in type(layer).__mro__} for layer in part]
+        return next((i for i, layer in enumerate(part) if kind in names[i] and layer.stride == 1), None)
+
+    return place(network.encoder, "TPool"), place(network.decoder, "TGrow")
+
+
+def _rated(layer: torch.nn.Module, rates: tuple[int, ...], step: Callable) -> torch.nn.Module:
+    """Return a layer of the same kind, with the same weights, whose stride follows ``rates`` while it is started."""
+
+    class Rated(type(layer)):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            self.conv = layer.conv
+            self.stop()
+
+        def start(self, batch: int, parallel: bool) -> None:
+            self.batch, self.parallel, self.place, self.stride = batch, parallel, 0, rates[0]
+            self.active = True
+
+        def stop(self) -> None:
+            self.active, self.stride = False, 1
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.active:
+                return self.conv(x)
+            return step(self, x, rates)
+
+    return Rated()
+
+
+def _pool_step(layer: Any, x: torch.Tensor, rates: tuple[int, ...]) -> torch.Tensor:
+    """Pool what the network's loop has gathered for one latent (or, in parallel mode, everything)."""
+    steps = x.unflatten(0, (layer.batch, -1))
+    if layer.parallel:
+        return layer.conv(_pooled_by(steps, rates, 1).flatten(0, 1))
+    pooled = steps[:, 0] if layer.stride == 1 else steps.mean(1)
+    layer.place += 1
+    layer.stride = rates[min(layer.place, len(rates) - 1)]
+    return layer.conv(pooled)
+
+
+def _grow_step(layer: Any, x: torch.Tensor, rates: tuple[int, ...]) -> torch.Tensor:
+    """Repeat one latent's features (or, in parallel mode, everybody's)."""
+    out = layer.conv(x)
+    if layer.parallel:
+        steps = out.unflatten(0, (layer.batch, -1))
+        return steps.repeat_interleave(torch.tensor(rates, device=x.device), dim=1).flatten(0, 1)
+    layer.stride = rates[layer.place]
+    layer.place += 1
+    return out.repeat_interleave(layer.stride, 0)
+
+
+def _pooled_by(x: torch.Tensor, rates: tuple[int, ...], axis: int) -> torch.Tensor:
+    """Return features averaged along ``axis`` over consecutive runs of ``rates`` time steps."""
+    runs = x.split(rates, axis)
+    return torch.cat([run if run.shape[axis] == 1 else run.mean(axis, keepdim=True) for run in runs], axis)
+
+
 #: Exact class name of a network -> what drives it.
-ADAPTERS: dict[str, type] = {"comfy.ldm.wan.vae.WanVAE": WanAdapter}
+ADAPTERS: dict[str, type] = {
+    "comfy.ldm.wan.vae.WanVAE": WanAdapter,
+    "comfy.ldm.models.autoencoder.AutoencoderKL": WholeClipAdapter,
+    "comfy.taesd.taehv.TAEHV": TinyVideoAdapter,
+}
 
 
 def adapter_for(network: Any) -> type | str:
