@@ -119,7 +119,7 @@ def prepare_second_pass(
     negative: list,
     predicted: dict[str, Any],
     settings: DynamicSettings,
-    frames: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Prepared:
     """Return a run's second pass, from its predicted clean video.
 
@@ -130,7 +130,7 @@ def prepare_second_pass(
         negative: CONDITIONING.
         predicted: LATENT at full length, ``denoised_output`` of the first pass.
         settings: how much is kept.
-        frames: of the video, where the last latent is not full.
+        clock: what seconds are read from.
 
     Raises:
         StrettoError: the run cannot be shortened; the message says why.
@@ -140,23 +140,21 @@ def prepare_second_pass(
         raise StrettoError(f"{NODE}: {reason}.")
     samples, stride = predicted["samples"], stride_of(vae)
     seconds: dict[str, float] = {}
-    pixels = _timed(seconds, "decode", vae, lambda: vae.decode(samples))[0]
+    pixels = _timed(seconds, "decode", vae, lambda: vae.decode(samples), clock)[0]
     if len(pixels) != 1 + stride * (samples.shape[2] - 1):
         raise StrettoError(f"{NODE}: the VAE made {len(pixels)} frames of {samples.shape[2]} latent frames")
-    frames = len(pixels) if frames is None else frames
     mask = predicted.get("noise_mask")
     pinned = pinned_latents([*positive, *negative], mask, samples.shape[2])
 
     def choose() -> FrameRateSchedule:
         rates = fit_ratio(loss_of(pixels, stride), settings.ratio, pinned=pinned)
-        return FrameRateSchedule(frames, rates, stride, restore=settings.restore)
+        return FrameRateSchedule(len(pixels), rates, stride, restore=settings.restore)
 
-    schedule = _timed(seconds, "choose", vae, choose)
+    schedule = _timed(seconds, "choose", vae, choose, clock)
     positive, negative = gather_conditioning(positive, schedule), gather_conditioning(negative, schedule)
     short = samples
     if not schedule.trivial:
-        whole = schedule.with_options(frames=len(pixels))
-        short = _timed(seconds, "encode", vae, lambda: DynamicRateVAE(vae, whole).encode(pixels))
+        short = _timed(seconds, "encode", vae, lambda: DynamicRateVAE(vae, schedule).encode(pixels), clock)
         model = host.request(model, Request("frame_rate", {"schedule": schedule.to_json(), "layers": settings.layers}))
     latent = with_schedule({**predicted, "samples": short}, schedule)
     if mask is not None:
@@ -164,7 +162,9 @@ def prepare_second_pass(
     return Prepared(schedule, model, positive, negative, latent, seconds)
 
 
-def sample_dynamic(job: SamplingJob, vae: Any, settings: DynamicSettings) -> tuple[dict[str, Any], dict[str, float]]:
+def sample_dynamic(
+    job: SamplingJob, vae: Any, settings: DynamicSettings, clock: Callable[[], float] = time.perf_counter
+) -> tuple[dict[str, Any], dict[str, float]]:
     """Sample as KSampler does, on fewer latent frames after the first steps.
 
     Returns:
@@ -193,12 +193,12 @@ def sample_dynamic(job: SamplingJob, vae: Any, settings: DynamicSettings) -> tup
         raise StrettoError(f"{NODE}: {reason}.")
     run = _Passes(job, sampler, noise, preview_callback(job.model, steps), steps)
     seconds: dict[str, float] = {}
-    _timed(seconds, "first", job.model, lambda: run.first(latent, sigmas[: first + 1]))
+    _timed(seconds, "first", job.model, lambda: run.first(latent, sigmas[: first + 1]), clock)
     predicted = {**job.latent, "samples": job.model.model.process_latent_out(run.predicted)}
-    prepared = prepare_second_pass(job.model, vae, job.positive, job.negative, predicted, settings)
+    prepared = prepare_second_pass(job.model, vae, job.positive, job.negative, predicted, settings, clock)
     seconds |= prepared.seconds
     samples = _timed(
-        seconds, "second", job.model, lambda: run.second(prepared, sigmas[first:], first, settings.fresh)
+        seconds, "second", job.model, lambda: run.second(prepared, sigmas[first:], first, settings.fresh), clock
     )
     return {**prepared.latent, "samples": samples}, seconds
 
@@ -264,10 +264,12 @@ class _Passes:
         )  # fmt: skip
 
 
-def _timed(seconds: dict[str, float], name: str, owner: Any, work: Callable[[], Any]) -> Any:
+def _timed(
+    seconds: dict[str, float], name: str, owner: Any, work: Callable[[], Any], clock: Callable[[], float]
+) -> Any:
     device = getattr(owner, "load_device", None) or getattr(owner, "device", None) or torch.device("cpu")
-    started = time.perf_counter()
+    started = clock()
     result = work()
     synchronize(device)
-    seconds[name] = time.perf_counter() - started
+    seconds[name] = clock() - started
     return result
