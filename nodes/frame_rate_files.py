@@ -29,7 +29,7 @@ class StrettoSaveScheduledLatent(io.ComfyNode):
             category="Stretto",
             description="Saves a latent and the frame schedule that it carries, which Save Latent would lose.",
             inputs=[
-                io.Latent.Input("samples"),
+                io.Latent.Input("samples", tooltip="A latent, with or without a schedule."),
                 io.String.Input("filename_prefix", default="latents/Stretto", tooltip="Folder and beginning of the name."),
             ],
             outputs=[],

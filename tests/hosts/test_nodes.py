@@ -35,6 +35,13 @@ def test_ids_and_input_order_are_for_ever(nodes):
     assert inputs["StrettoCalibrate"][:8] == [
         "profile", "target", "value", "forecaster", "extra_seeds", "probes", "name", "vae",
     ]
+    assert inputs["StrettoDynamicFrameRate"] == [
+        "model", "vae", "positive", "negative", "latent_image", "seed", "steps", "cfg", "sampler_name", "scheduler",
+        "denoise", "keep", "after", "restore", "layers", "fresh",
+    ]
+    assert inputs["StrettoFrameSchedule"] == [
+        "images", "vae", "mode", "keep", "half", "quarter", "rates", "coding", "restore", "slowest",
+    ]
     assert inputs["StrettoCacheSchedule"][:4] == ["model", "schedule", "forecaster", "required"]
 
 

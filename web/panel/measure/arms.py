@@ -18,7 +18,7 @@ from .errors import WorkflowError
 
 Api = dict[str, dict[str, Any]]
 
-SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
+SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced", "StrettoDynamicFrameRate")
 MEASURE = "StrettoMeasure"
 REPORT = "StrettoReport"
 PREFIX = "Stretto"
