@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/frame_rate.py [--parts schedule roundtrip sampler quality] [--clips .cache/demo]
                      [--mixed 8] [--uniform 4] [--sides 128 192] [--prompts 4] [--threads 1] [--out FILE]
+                     [--picture docs/frame-rate.webp]
 
 schedule: 81 frames of 832 x 480, from frames to rates. roundtrip: held-out clips of 65 frames through the demo video VAE,
 mixed (calm, wild, calm parts of different clips) and uniform (one clip to and fro), at 60 % of the latents: the schedule
@@ -9,6 +10,8 @@ that was fitted, even rates with equally many latents, and features pooled insid
 sampler: the demo video model at sizes it was not trained for, for the time alone, 10 Euler steps without guidance, the
 first at full length; plain and dynamic runs take turns. quality: 33 frames at 64 px, PSNR of the decoded video to the plain
 run of 20 steps, beside the same sampler with fewer steps.
+
+picture (only with --picture): the second mixed clip beside its round trips, with the strip of rates below.
 
 Seconds are of processor time, one thread: a busy machine disturbs the clock. Prints tables and writes
 benchmarks/results/frame-rate.json; parts that were not asked for stay in the file.
@@ -41,6 +44,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--comfyui", type=Path, default=ROOT / ".comfyui")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--picture", type=Path, help="draw this animation, and do nothing else")
     arguments = parser.parse_args()
     prepare(arguments.comfyui)
     import comfy.utils
@@ -48,6 +52,10 @@ def main() -> int:
 
     torch.set_num_threads(arguments.threads)
     comfy.utils.PROGRESS_BAR_ENABLED = False
+    if arguments.picture:
+        with torch.inference_mode():
+            draw_picture(arguments)
+        return 0
     document = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
     document |= {"keep": KEEP, "threads": arguments.threads, "torch": torch.__version__}
     work = {"schedule": schedule_part, "roundtrip": roundtrip_part, "sampler": sampler_part, "quality": quality_part}
@@ -118,6 +126,49 @@ def roundtrip_part(arguments: argparse.Namespace) -> dict:
         }
         print(kind, json.dumps(table[kind]), flush=True)
     return {"frames": FRAMES, "kinds": table, "clips": rows}
+
+
+def draw_picture(arguments: argparse.Namespace) -> None:
+    """Save an animation: a clip, its round trip at even rates and at its schedule's, and where its latents go."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    from stretto.acceleration.frame_rate.fitting import fit_ratio, uniform_rates
+    from stretto.acceleration.frame_rate.schedule import FrameRateSchedule
+    from stretto.acceleration.frame_rate.similarity import loss_of
+    from stretto.acceleration.hosts.comfy_video_vae import DynamicRateVAE
+
+    side, gap, strip, label = 144, 12, 18, 16
+    colours = {1: "#56B4E9", 2: "#E69F00", 4: "#009E73"}
+    arguments.mixed, arguments.uniform = 2, 0
+    (_, _, clip) = list(clips_of(arguments))[1]
+    loss, vae = loss_of(clip), video_vae()
+    rates = fit_ratio(loss, KEEP)
+    shown = [("original, 17 latent frames", FrameRateSchedule.full(FRAMES), clip)]
+    for words, chosen in (("even rates", uniform_rates(loss.latents, len(rates))), ("its own schedule", rates)):
+        schedule = FrameRateSchedule(FRAMES, chosen)
+        dynamic = DynamicRateVAE(vae, schedule)
+        video = dynamic.decode(dynamic.encode(clip))[0]
+        quality = closeness(video, clip)[0]
+        shown.append((f"{words}, {schedule.latents}: {quality:.1f} dB", schedule, video))
+    frames = []
+    for t in range(FRAMES):
+        sheet = Image.new("RGB", (len(shown) * (side + gap) + gap, side + strip + label + 3 * gap), "#FAFAFA")
+        canvas = ImageDraw.Draw(sheet)
+        for i, (words, schedule, video) in enumerate(shown):
+            left, top = gap + i * (side + gap), gap
+            canvas.text((left, top - 6), words, fill="#3C3C3C")
+            pixels = (video[t].clamp(0, 1) * 255).round().byte().numpy().astype(np.uint8)
+            sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC), (left, top + label))
+            below, cuts = top + label + side + gap, schedule.legal_cuts()
+            for first, end, rate in zip(cuts[:-1], cuts[1:], (1, *schedule.rates), strict=True):
+                box = (left + side * first / FRAMES, below, left + side * end / FRAMES - 1, below + strip)
+                canvas.rectangle(box, fill=colours[rate])
+            canvas.line([(left + side * (t + 0.5) / FRAMES, below - 4), (left + side * (t + 0.5) / FRAMES, below + strip + 4)],
+                        fill="#000000", width=2)  # fmt: skip
+        frames.append(sheet)
+    frames[0].save(arguments.picture, save_all=True, append_images=frames[1:], duration=125, loop=0, quality=80, method=6)
+    print(f"{arguments.picture}: {arguments.picture.stat().st_size / 1024:.0f} KB", flush=True)
 
 
 def sampler_part(arguments: argparse.Namespace) -> dict:

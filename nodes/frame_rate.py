@@ -27,6 +27,7 @@ from ..acceleration.hosts.comfy_frame_rate import (
     prepare_second_pass,
     sample_dynamic,
 )
+from ..acceleration.hosts.comfy_frame_rate_probe import probe_layers
 from ..acceleration.hosts.comfy_sampling import SamplingJob
 from ..acceleration.hosts.comfy_video_vae import DynamicRateVAE, stride_of
 from .frame_strip import draw_schedule
@@ -295,6 +296,37 @@ class StrettoFrameRateSecondPass(io.ComfyNode):
         return io.NodeOutput(
             found.model, found.positive, found.negative, gathered, found.latent, found.schedule, words
         )
+
+
+class StrettoFrameRateProbe(io.ComfyNode):
+    """Ask a model which of its layers look at the whole video."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="StrettoFrameRateProbe",
+            display_name="Stretto Frame Rate Probe",
+            category="Stretto",
+            description="Finds the layers that should see a shortened video's original positions, for the input layers of "
+            "Stretto Dynamic Frame Rate. One plain run and a few evaluations per layer.",
+            inputs=[
+                io.Model.Input("model", tooltip="A video model whose blocks can be reached: Wan, HunyuanVideo."),
+                io.Conditioning.Input("positive", tooltip="A typical prompt."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt."),
+                io.Latent.Input("latent_image", tooltip="An empty video latent of at least 17 frames, or an encoded video."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the noise."),
+                io.Int.Input("steps", default=20, min=2, max=1000, tooltip="Steps of the plain run."),
+                io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale."),
+            ],
+            outputs=[io.String.Output(display_name="layers"), io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent_image, seed, steps, cfg) -> io.NodeOutput:
+        job = SamplingJob(model, positive, negative, latent_image, seed, steps, cfg, "euler", "simple")
+        layers, helps = probe_layers(job)
+        lines = [f"layer {i}: {value:+.1%}" for i, value in enumerate(helps)]
+        return io.NodeOutput(", ".join(map(str, layers)) or "none", "\n".join(lines))
 
 
 def report_words(schedule: FrameRateSchedule, seconds: dict[str, float]) -> str:

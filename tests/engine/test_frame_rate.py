@@ -35,7 +35,7 @@ def moving_square(frames: int, speeds: list[float], side: int = 64) -> torch.Ten
     video, x = [], 8.0
     for t in range(frames):
         frame = ground.clone()
-        at = int(round(x)) % (side - 16)
+        at = round(x) % (side - 16)
         frame[20:36, at : at + 16] = 0.9
         video.append(frame)
         x += speeds[t]
@@ -311,7 +311,7 @@ def image_to_video(latents: int, given: tuple[int, ...]):
 def test_t22_conditioning_is_gathered_and_its_owner_kept():
     schedule = FrameRateSchedule(33, (2, 1, 1, 4))
     before = image_to_video(9, (0,))
-    (tokens, entry), = gather_conditioning(before, schedule)
+    (_, entry), = gather_conditioning(before, schedule)
     assert entry["concat_latent_image"][0, 0, :, 0, 0].tolist() == [0, 1, 3, 4, 5]
     assert entry["concat_mask"][0, 0, :, 0, 0].tolist() == [0, 1, 1, 1, 1]
     assert entry["pooled_output"] is before[0][1]["pooled_output"]

@@ -18,6 +18,7 @@ from stretto.acceleration.hosts.comfy_frame_rate import (
     run_obstacle,
     sample_dynamic,
 )
+from stretto.acceleration.hosts.comfy_frame_rate_probe import probe_layers
 from stretto.acceleration.hosts.comfy_sampling import SamplingJob
 from stretto.acceleration.hosts.comfy_video_vae import DynamicRateVAE
 from stretto.acceleration.plan import Request
@@ -266,3 +267,15 @@ def test_inpainting_masks_are_gathered(tiny, calm_vae):
 def test_settings_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(StrettoError, match=name):
         DynamicSettings(**{name: value})
+
+
+@pytest.mark.parametrize("family", ["wan", "hunyuan_video"])
+def test_the_probe_asks_every_layer(tiny, family):
+    layers, helps = probe_layers(job(tiny, family, steps=4))
+    assert len(helps) == (3 if family == "wan" else 4)
+    assert all(helps[layer] == max(helps) > 0 for layer in layers) and len(layers) <= 1
+
+
+def test_the_probe_refuses_what_it_cannot_shorten(tiny):
+    with pytest.raises(StrettoError, match="5 latent frames"):
+        probe_layers(job(tiny, latents=3))
