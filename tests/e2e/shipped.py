@@ -8,6 +8,10 @@ ROOT = Path(__file__).resolve().parents[2]
 MEDIA = ("image", "video")
 KINDS = ("plain", "taylor", "easycache", "fitted")
 ACCELERATED = KINDS[1:]
+#: Workflows that the tests of the kinds leave out, by name.
+OTHERS = sorted(
+    {path.stem for path in (ROOT / "workflows").glob("*.json")} - {f"demo-{medium}-{kind}" for medium in MEDIA for kind in KINDS}
+)
 
 
 def path_of(kind: str, medium: str = "image") -> Path:

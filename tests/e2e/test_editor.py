@@ -7,7 +7,7 @@ import re
 import pytest
 
 from .conftest import SCREENSHOTS
-from .shipped import KINDS, MEDIA, path_of
+from .shipped import KINDS, MEDIA, OTHERS, path_of
 
 DROP = """
 (text) => {
@@ -77,24 +77,19 @@ def test_a_dropped_workflow_runs_and_shows_its_report(editor, kind):
     assert editor.script_errors == []
 
 
-@pytest.mark.parametrize("kind", ["guidance", "progressive", "quantized"])
-def test_a_dropped_workflow_of_another_technique_runs_and_shows_its_report(editor, kind):
-    drop(editor, kind)
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_workflow_runs_from_the_canvas(editor, name):
+    _, medium, kind = name.split("-", 2)
+    types = types_of(drop(editor, kind, medium))
     editor.get_by_test_id("queue-button").click()
-    for node in ("SaveImage", "StrettoReport"):
-        editor.wait_for_function(HAS_PICTURE, arg=node, timeout=180_000)
-    fit_and_shoot(editor, f"editor-{kind}")
-    assert re.search(r"\b28\b", editor.evaluate(REPORT_TEXT)), "the report's text is not on the node"
-    assert editor.script_errors == []
-
-
-def test_sparse_attention_on_a_clip_shows_what_each_head_kept(editor):
-    drop(editor, "sparse", "video")
-    editor.get_by_test_id("queue-button").click()
-    for node in ("StrettoReport", "PreviewImage"):
-        editor.wait_for_function(HAS_PICTURE, arg=node, timeout=180_000)
-    fit_and_shoot(editor, "editor-video-sparse")
-    assert "of the key blocks kept" in editor.evaluate(REPORT_TEXT)
+    for node in ("SaveImage", "StrettoReport", "PreviewImage"):
+        if node in types:
+            editor.wait_for_function(HAS_PICTURE, arg=node, timeout=240_000)
+    if "SaveVideo" in types:
+        editor.wait_for_function(PLAYS_VIDEO, timeout=240_000)
+    fit_and_shoot(editor, f"editor-{medium}-{kind}")
+    if "StrettoReport" in types:
+        assert "in the sampler" in editor.evaluate(REPORT_TEXT), "the report's text is not on the node"
     assert editor.script_errors == []
 
 
