@@ -12,6 +12,8 @@ RAMP = ("#26263a", "#22577a", "#38a3a5", "#80ed99", "#f9f871")
 LABEL, TOP, CELL_HEIGHT, ERROR = 84, 74, 16, 190
 THUMB, GAP, CAPTION = 100, 16, 16
 ACROSS = (WIDTH - 2 * MARGIN + GAP) // (THUMB + GAP)
+#: Errors are drawn on a scale that reaches at least so far.
+LEAST_ERROR = 0.01
 #: Rows of the heat map: networks with more layers show every other, every third, ...
 MOST_ROWS = 40
 
@@ -60,7 +62,7 @@ def _scale(draw: ImageDraw.ImageDraw, y: int) -> None:
 
 def _heat(draw: ImageDraw.ImageDraw, layers: list[dict[str, Any]], errors: dict[int, float], y: int) -> None:
     room = WIDTH - 2 * MARGIN - LABEL - ERROR - 16
-    most = max(errors.values(), default=0.0) or 1.0
+    most = max(*errors.values(), LEAST_ERROR) if errors else LEAST_ERROR
     for item in layers:
         draw.text((MARGIN, y), f"layer {item['layer']}", fill=FAINT, font=_font(12))
         width = room / len(item["kept"])

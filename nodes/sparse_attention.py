@@ -168,4 +168,13 @@ def _fine() -> list[io.Input]:
             "long sequences.",
             **ADVANCED,
         ),
+        io.Combo.Input(
+            "fit",
+            options=list(CHOICES["fit"]),
+            default=DEFAULTS.fit,
+            optional=True,
+            tooltip="What is fitted of a branch without weights during the first, complete steps: one share per head, or a map "
+            "of both outputs, which takes more memory. (SALAD)",
+            **ADVANCED,
+        ),
     ]

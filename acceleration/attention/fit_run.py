@@ -10,7 +10,7 @@ from ..evaluation import Call
 from .fitting import Fitting, sampled_blocks, sampled_rows, take_blocks
 from .linear import SALAD, LinearBranch
 from .plan import View
-from .plan_run import PlanRun
+from .plan_run import Fitted, PlanRun
 
 #: The last dense steps that are learned from, and query blocks of a layer that are looked at in each.
 STEPS, SAMPLED = 4, 4
@@ -54,10 +54,10 @@ class FitRun:
             parts = (call.part(tensor, index) for tensor in (full, sparse, other))
             self.fitting.observe(view.layer, branch.key, call.evaluation.step, *parts)
 
-    def share(self, layer: int) -> tuple[LinearBranch, torch.Tensor] | None:
-        """Return the branch and the share [H] of the sparse output beside it, None where it has not proved itself."""
-        alpha = self.fitting.alpha(layer)
-        return None if alpha is None else (self.branch, alpha)
+    def share(self, layer: int) -> Fitted | None:
+        """Return the branch and what blends it with the sparse output, None where it has not proved itself."""
+        blend = self.fitting.blend(layer)
+        return None if blend is None else (self.branch, blend)
 
     def report(self) -> dict[str, Any] | None:
         """Return what was learned as JSON values, None where nothing was."""
@@ -66,4 +66,4 @@ class FitRun:
 
     def close(self) -> None:
         """Forget everything."""
-        self.fitting = Fitting()
+        self.fitting = type(self.fitting)()

@@ -6,8 +6,8 @@ number is fitted by least squares,
 
     O = alpha O_s + (1 - alpha) O_other,     alpha = <O_f - O_other, O_s - O_other> / |O_s - O_other|^2,   clamped to [0, 1]
 
-which is SLA2's blend (arXiv 2602.12675) with a share per head. Larger maps fitted from so few samples do not generalise
-(a d x d projection diverges under drift), so none is offered.
+which is SLA2's blend (arXiv 2602.12675) with a share per head. A map of O_other alone, fitted from so few samples, diverges under
+drift, so none is offered; one of both outputs together is (:mod:`.ridge`), for those who ask for it.
 
 Nothing is trusted that was not tried: the latest dense steps are held out, alpha is fitted on the steps before them, and
 a head uses its branch only where that lowers the relative L2 error on the held-out steps, in every guidance branch, by a
@@ -16,7 +16,7 @@ the sparse ones most.
 """
 
 from bisect import bisect_right
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,7 +169,7 @@ class Fitting:
         Raises:
             ValueError: shapes differ.
         """
-        sums = pair_sums(full, sparse, other)
+        sums = self.sums(full, sparse, other)
         key = (layer, bisect_right(self.edges, level))
         evidence = self._evidence.get(key)
         if evidence is None or step < evidence.held[-1][0]:
@@ -187,6 +187,32 @@ class Fitting:
         branches[branch_key] = branches[branch_key] + sums if branch_key in branches else sums
         self._solved.clear()
 
+    def sums(self, full: torch.Tensor, sparse: torch.Tensor, other: torch.Tensor) -> Any:
+        """Return what is added up over calls; see :meth:`observe`."""
+        return pair_sums(full, sparse, other)
+
+    def fit(self, sums: Any) -> torch.Tensor:
+        """Return what sums of calls tell of every head: the share of the sparse branch [H]."""
+        return best_alpha(sums)
+
+    def lost(self, sums: Any, fit: torch.Tensor) -> torch.Tensor:
+        """Return the squared error [H] that calls with ``sums`` have with ``fit``."""
+        return _error(sums, fit)
+
+    def plain(self, sums: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the squared error [H] of the sparse branch alone, and |O_f|^2 [H]."""
+        return sums[_PLAIN], sums[_NORM]
+
+    def on(self, fit: torch.Tensor, used: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what is used of a fit, and in which heads: 1 where the branch is off."""
+        share = torch.where(used, fit, 1.0)
+        return share, used & (share < 1)
+
+    def blend(self, layer: int, level: float = 0.0) -> "Callable[..., torch.Tensor] | None":
+        """Return (O_s, O_other, complete rows, heads) -> output, see :func:`blend`; None where no head's branch is on."""
+        share = self.alpha(layer, level)
+        return None if share is None else lambda sparse, other, complete, heads: blend(sparse, other, share[heads], complete)
+
     def alpha(self, layer: int, level: float = 0.0) -> torch.Tensor | None:
         """Return the share of the sparse branch [H], fp32; 1 where a head's branch is off. None: off in every head.
 
@@ -194,11 +220,16 @@ class Fitting:
         observed, that there was one step only, or that the held-out steps did not improve enough. Solved, and waited
         for, once after every observation.
         """
+        found = self.fitted(layer, level)
+        return None if found is None else found[0]
+
+    def fitted(self, layer: int, level: float = 0.0) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return what is fitted, and in which heads [H] it is used; None where in none. See :meth:`alpha`."""
         key = self._nearest(layer, bisect_right(self.edges, level))
         if key is None:
             return None
-        alpha, _, some = self._solve(key)
-        return alpha if some else None
+        fit, used, some = self._solve(key)
+        return (fit, used) if some else None
 
     def report(self) -> dict[str, Any]:
         """Return plain numbers: per layer and bucket the heads with a branch, and what the held-out steps said.
@@ -214,20 +245,20 @@ class Fitting:
                 continue
             alpha, used, _ = self._solve((layer, bucket))
             tested = sum(sum(branches.values()) for _, branches in evidence.held)
-            without, with_branch = tested[_PLAIN].sum(), _error(tested, best_alpha(evidence.train)).sum()
-            certified = torch.where(used, _error(tested, best_alpha(evidence.train)), tested[_PLAIN]).sum()
-            norm = tested[_NORM].sum().clamp_min(1e-30)
+            (alone, norms), lost = self.plain(tested), self.lost(tested, self.fit(evidence.train))
+            without, with_branch, certified = alone.sum(), lost.sum(), torch.where(used, lost, alone).sum()
+            norm = norms.sum().clamp_min(1e-30)
             layers.append(
                 {
                     "layer": layer,
                     "bucket": bucket,
                     "steps": evidence.steps,
-                    "heads": len(alpha),
+                    "heads": len(used),
                     "enabled": int(used.sum()),
                     "error": round(float((without / norm).sqrt()), 6),
                     "gain": round(_gain(with_branch, without), 6),
                     "gain_used": round(_gain(certified, without), 6),
-                    "alpha": [round(float(a), 4) for a in alpha],
+                    **self.told(alpha),
                 }
             )
         heads = sum(entry.get("heads", 0) for entry in layers)
@@ -239,26 +270,30 @@ class Fitting:
             "layers": layers,
         }
 
+    def told(self, fit: torch.Tensor) -> dict[str, Any]:
+        """Return what a report says of a fit."""
+        return {"alpha": [round(float(a), 4) for a in fit]}
+
     def _nearest(self, layer: int, bucket: int) -> tuple[int, int] | None:
         known = [key for key, evidence in self._evidence.items() if key[0] == layer and evidence.train is not None]
         return min(known, key=lambda key: abs(key[1] - bucket), default=None)
 
     def _solve(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """Return (share [H], whether a head's branch is on [H], whether any is)."""
+        """Return (what is fitted, whether a head's branch is on [H], whether any is)."""
         if key not in self._solved:
             evidence = self._evidence[key]
-            tried = best_alpha(evidence.train)
-            used = torch.ones_like(tried, dtype=torch.bool)
+            tried = self.fit(evidence.train)
+            used = torch.ones_like(self.plain(evidence.train)[0], dtype=torch.bool)
             everything = evidence.train
             for branch in {name: None for _, branches in evidence.held for name in branches}:
                 sums = sum(branches[branch] for _, branches in evidence.held if branch in branches)
                 everything = everything + sums
+                alone, norm = self.plain(sums)
                 # The rule is about errors; these are their squares.
-                used &= _error(sums, tried) <= (1 - self.min_gain) ** 2 * sums[_PLAIN]
-                used &= sums[_PLAIN] > 1e-12 * sums[_NORM]
-            alpha = torch.where(used, best_alpha(everything), 1.0)
-            used &= alpha < 1
-            self._solved[key] = alpha, used, bool(used.any())
+                used &= self.lost(sums, tried) <= (1 - self.min_gain) ** 2 * alone
+                used &= alone > 1e-12 * norm
+            fit, used = self.on(self.fit(everything), used)
+            self._solved[key] = fit, used, bool(used.any())
         return self._solved[key]
 
 

@@ -9,7 +9,6 @@ import torch
 from ...kernels.block_sparse_attention import BlockList, Tail, block_sparse_attention, choose_backend, pool_blocks
 from ..evaluation import Attention
 from .builders import Selection, top_k
-from .fitting import blend
 from .geometry import Geometry
 from .linear import LinearBranch, complete_rows
 from .methods.clear import PooledKeys, merge
@@ -20,6 +19,10 @@ from .weights import AttentionWeights
 
 #: Bytes of queries, keys, values and outputs in the plan's order at a time. On a GPU fewer heads would not fill it.
 COPIES, COPIES_CPU = 64 << 20, 8 << 20
+
+#: A branch without weights, and (sparse output, the branch's, complete rows, heads) -> both blended.
+Fitted = tuple[LinearBranch, Callable[..., torch.Tensor]]
+ALL_HEADS = slice(None)
 
 
 @dataclass
@@ -71,7 +74,7 @@ class PlanRun:
         asked: Attention,
         layer: int,
         kv_length: torch.Tensor | None,
-        fitted: tuple[LinearBranch, torch.Tensor] | None,
+        fitted: Fitted | None,
         watch: Callable[[Attended], None],
     ) -> torch.Tensor:
         """Return one sparse attention [B, H, N, d] in the network's own order of tokens.
@@ -98,8 +101,7 @@ class PlanRun:
         for first in range(0, total, heads):
             part, keys = slice(first, first + heads), slice(first // group, -(-(first + heads) // group))
             some = replace(asked, q=asked.q[:, part], k=asked.k[:, keys], v=asked.v[:, keys])
-            own = None if fitted is None else (fitted[0], fitted[1][part])
-            made = self.attend(self.view(geometry, some, layer, kv_length), some.v, own)
+            made = self.attend(self.view(geometry, some, layer, kv_length), some.v, fitted, part)
             watch(made)
             given[:, :, part].index_copy_(1, self.order.permutation, made.out.transpose(1, 2))
         return given.transpose(1, 2)
@@ -123,14 +125,15 @@ class PlanRun:
         return chosen
 
     def attend(
-        self, view: View, v: torch.Tensor, fitted: tuple[LinearBranch, torch.Tensor] | None = None
+        self, view: View, v: torch.Tensor, fitted: Fitted | None = None, heads: slice = ALL_HEADS
     ) -> Attended:
         """Return sparse attention with the plan's correction.
 
         Args:
             view: see :meth:`view`.
             v: values as the network gives them.
-            fitted: a branch without weights and the share [H] of the sparse output beside it; None for no such.
+            fitted: a branch without weights, and what blends it with the sparse output; None for no such.
+            heads: which of the network's heads these are.
         """
         v = self.order.ordered(v)
         selection, blocks = self.select(view)
@@ -147,10 +150,10 @@ class PlanRun:
         if self.branch is not None:
             out = self.branch.apply(view.layer, out, lse, view.q, view.k, v, blocks, view.kv_length)
         elif fitted is not None:
-            branch, share = fitted
+            branch, blend = fitted
             other = branch.linear(view.q, view.k, v, blocks, view.kv_length)
             complete = complete_rows(blocks, view.q.shape[2], view.k.shape[2], view.kv_length)
-            out = blend(out, other, share, complete)
+            out = blend(out, other, complete, heads)
         return Attended(view, v, selection, blocks, out, self.backend)
 
     def _heads_at_once(self, asked: Attention) -> int:

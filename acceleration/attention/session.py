@@ -10,11 +10,13 @@ import torch
 from ..evaluation import Attention, Call, Evaluation
 from .audit import Audit, Seen
 from .fit_run import FitRun
+from .fitting import Fitting
 from .geometry import Geometry
 from .inside import AttentionWatcher
 from .methods import METHODS
 from .order import token_order
 from .plan_run import Attended, PlanRun, pooled_by_layer, with_weights
+from .ridge import RidgeFitting
 from .settings import AttentionSettings
 from .weights import AttentionWeights
 
@@ -44,12 +46,15 @@ class AttentionSession(AttentionWatcher):
     bytes: int = 0
     peak_bytes: int = 0
     audit: Audit = field(default_factory=Audit)
-    fit: FitRun = field(default_factory=FitRun)
+    fit: FitRun = field(init=False)
     dense: Counter = field(default_factory=Counter)
     backends: Counter = field(default_factory=Counter)
     _plans: dict[tuple, PlanRun] = field(default_factory=dict)
     _sparse_step: bool = False
     _fitting: bool = False
+
+    def __post_init__(self) -> None:
+        self.fit = FitRun(fitting=RidgeFitting() if self.settings.fit == "map" else Fitting())
 
     def begin(self, evaluation: Evaluation) -> None:
         """Note whether attention may be sparse at this step, and whether it is to be looked at more closely."""

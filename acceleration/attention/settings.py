@@ -18,6 +18,7 @@ CHOICES = {
     "tail": ("auto", "on", "off"),
     "exact": ("auto", "on", "off"),
     "pattern": ("window", "top-k"),
+    "fit": ("share", "map"),
 }
 #: What one head of Sparse-vDiT may do.
 HEAD_MODES = ("diagonal", "multi-diagonal", "stripes", "full", "skip")
@@ -48,6 +49,7 @@ class AttentionSettings:
         sink_frames: first frames that all queries attend to; -1 as the method does.
         weights: file of trained parts of the method (:mod:`.weights`), "" for none.
         probe: whether a few steps are compared with full attention, for the report.
+        fit: what is fitted of a branch without weights: one share per head, or a joint map of both outputs (:mod:`.ridge`).
 
     Raises:
         StrettoError: a value is out of range; the message names field, value and range.
@@ -72,6 +74,7 @@ class AttentionSettings:
     sink_frames: int = -1
     probe: bool = True
     weights: str = ""
+    fit: str = "share"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

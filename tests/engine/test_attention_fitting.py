@@ -1,6 +1,7 @@
 """Fitted corrections: what is planted is found, and what was not proven on held-out steps stays off."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from stretto.acceleration.attention.fitting import (
     take_blocks,
 )
 from stretto.acceleration.attention.linear import LinearBranch
+from stretto.acceleration.attention.ridge import RIDGE, RidgeFitting
 from stretto.kernels.block_sparse_attention import BlockList, Tail, block_sparse_attention, pool_blocks
 
 HEADS, ROWS, SIZE = 3, 64, 16
@@ -329,3 +331,64 @@ def test_a_fitted_branch_pays_on_a_content_head_after_drift(drifting, name):
     assert before > 0.6, "the content head is hard to make sparse"
     assert after <= 0.9 * before
     assert easy_after <= easy_before * 1.001, "and a head that needs nothing is not made worse"
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_a_joint_map_pays_more_than_a_share_after_drift(drifting, name):
+    shares, maps = Fitting(), RidgeFitting()
+    for step, (full, sparse, others) in enumerate(drifting[:3]):
+        for fitting in (shares, maps):
+            fitting.observe(0, "cond", step, full, sparse, others[name])
+    full, sparse, others = drifting[3]
+    by_share, by_map = (f.blend(0)(sparse, others[name], None, slice(None)) for f in (shares, maps))
+    alone, share, joint = (rel(out[:, 0], full[:, 0]) for out in (sparse, by_share, by_map))
+    sys.stdout.write(f"{name}: sparse {alone:.3f}, share {share:.3f}, map {joint:.3f}\n")
+    assert joint < 0.9 * alone
+    assert rel(by_map[:, 1], full[:, 1]) <= rel(sparse[:, 1], full[:, 1]) * 1.001
+    told = maps.report()
+    assert told["enabled"] >= 1 and told["layers"][0]["map"] == [2 * full.shape[-1], full.shape[-1]]
+
+
+def test_a_joint_map_is_the_ridge_solution_and_recovers_a_planted_one():
+    make = torch.Generator().manual_seed(0)
+    sparse, other = (torch.randn(2, 3, 400, 8, generator=make) for _ in range(2))
+    planted = torch.randn(3, 16, 8, generator=make)
+    full = torch.cat([sparse, other], -1) @ planted
+    fitting = RidgeFitting()
+    sums = fitting.sums(full, sparse, other)
+    found = fitting.fit(sums)
+    assert torch.allclose(found, planted, atol=5e-3)
+    both = torch.cat([sparse, other], -1).transpose(0, 1).flatten(1, 2)
+    target = full.transpose(0, 1).flatten(1, 2)
+    ridge = RIDGE * (both.mT @ both).diagonal(dim1=1, dim2=2).mean(-1)
+    for head in range(3):  # against plain least squares on rows that stand for the penalty
+        rows = torch.cat([both[head], ridge[head].sqrt() * torch.eye(16)])
+        wanted = torch.linalg.lstsq(rows, torch.cat([target[head], torch.zeros(16, 8)])).solution
+        assert torch.allclose(found[head], wanted, atol=1e-4)
+    other_map = planted + 0.1 * torch.randn(planted.shape, generator=make)
+    assert torch.allclose(fitting.lost(sums, other_map), (target - both @ other_map).square().sum((1, 2)), rtol=1e-3)
+    with pytest.raises(ValueError, match="one shape"):
+        fitting.sums(full, sparse[:, :2], other)
+
+
+def test_a_joint_map_that_does_not_hold_stays_off_and_changes_nothing():
+    make = torch.Generator().manual_seed(1)
+    fitting = RidgeFitting()
+    for step in range(3):
+        full, sparse, other = (torch.randn(1, 2, 64, 8, generator=make) for _ in range(3))
+        if step < 2:
+            full = sparse + 0.1 * full  # the held-out step has nothing to do with what was learned
+        fitting.observe(0, "cond", step, full, sparse, other)
+    assert fitting.blend(0) is None or not bool(fitting.fitted(0)[1].all())
+    good = RidgeFitting()
+    for step in range(3):
+        sparse, other = (torch.randn(1, 2, 64, 8, generator=make) for _ in range(2))
+        full = torch.stack([0.5 * sparse[:, 0] + 0.5 * other[:, 0], sparse[:, 1]], 1)
+        good.observe(0, "cond", step, full, sparse, other)
+    complete = torch.zeros(1, 1, 64, dtype=torch.bool)
+    complete[..., :16] = True
+    out = good.blend(0)(sparse, other, complete, slice(None))
+    assert torch.equal(out[:, 1], sparse[:, 1]) and torch.equal(out[:, 0, :16], sparse[:, 0, :16])
+    assert rel(out[:, 0, 16:], full[:, 0, 16:]) < 0.01
+    some = good.blend(0)(sparse[:, 1:], other[:, 1:], None, slice(1, 2))
+    assert torch.equal(some, sparse[:, 1:])

@@ -429,8 +429,9 @@ class TestReport:
 
 
 class TestFitting:
-    def test_salad_without_weights_learns_in_dense_steps_and_says_so(self, tiny):
-        settings = {"method": "SALAD", "keep": 0.2, "dense_until": 0.5}
+    @pytest.mark.parametrize("fit", ["share", "map"])
+    def test_salad_without_weights_learns_in_dense_steps_and_says_so(self, tiny, fit):
+        settings = {"method": "SALAD", "keep": 0.2, "dense_until": 0.5, "fit": fit}
         sample(host.request(tiny("wan"), request(**settings)), "wan", steps=8, shape=spatial("wan"))
         fitted = trace_of()["attention"]["fitted"]
         assert {item["layer"] for item in fitted["layers"]} == {0, 1, 2}
