@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from .attention.planned.technique import PlannedTechnique
+from .attention.probing.greedy import GreedyTechnique
 from .attention.probing.technique import ProbeTechnique
 from .attention.technique import AttentionTechnique
 from .caching.module_recorder import ModuleProfileTechnique
@@ -49,6 +50,7 @@ TECHNIQUES: dict[str, Technique] = {
         AttentionTechnique(),
         PlannedTechnique(),
         ProbeTechnique(),
+        GreedyTechnique(),
         TemporalTechnique(),
         BlockProbeTechnique(),
     )

@@ -14,7 +14,7 @@ from ..acceleration.attention.reuse import NAMES
 from ..acceleration.attention.search import BUDGETS, SEARCHES
 from ..acceleration.caching.preset_files import checked_name
 from ..acceleration.errors import StrettoError
-from ..acceleration.hosts.comfy_attention_search import QUALITY, TIME, Found, Probed, ProbedRun, probe, search
+from ..acceleration.hosts.comfy_attention_search import GREEDY, QUALITY, TIME, Found, Probed, ProbedRun, probe, search
 from ..acceleration.hosts.comfy_sampling import SamplingJob
 from ..acceleration.models import describe
 from .attention_plan import PLAN_TYPE, save_new_plan, user_folder
@@ -77,10 +77,10 @@ class StrettoAttentionSearch(io.ComfyNode):
                 PROBE_TYPE.Input("probe", tooltip="From Stretto Attention Probe."),
                 io.Combo.Input(
                     "method",
-                    options=list(SEARCHES),
+                    options=[*SEARCHES, GREEDY],
                     default=BUDGETS,
                     tooltip="Budgets chooses among everything, head by head. The others choose as their papers do, and need a "
-                    "probe with order = rows.",
+                    "probe with order = rows. greedy is DiTFastAttn's own search, which runs the network hundreds of times.",
                 ),
                 io.Combo.Input(
                     "target",
@@ -174,19 +174,16 @@ def probe_summary(probed: Probed) -> str:
 
 def search_curve(found: Found, target: str, value: float) -> Image.Image:
     """Return the picture of a search: predicted error against time, and what real runs gave."""
-    predicted = [found.choose(knob / 20) for knob in range(21)]
-    line = sorted({(100 * choice.cost, 100 * math.sqrt(max(choice.error, 0.0))) for choice in predicted})
-    plan = found.plan.achieved
-    charts = [
-        Chart(
-            "Predicted error of attention (%)",
-            "attention time (% of full)",
-            [
-                Series("predicted", line, BLUE),
-                Series("chosen", [(100 * plan["predicted_cost"], 100 * plan["predicted_error"])], GREEN, "ring"),
-            ],
-            zero=True,
-        ),
+    plan, charts = found.plan.achieved, []
+    if found.choose is not None:
+        predicted = [found.choose(knob / 20) for knob in range(21)]
+        line = sorted({(100 * choice.cost, 100 * math.sqrt(max(choice.error, 0.0))) for choice in predicted})
+        marks = [
+            Series("predicted", line, BLUE),
+            Series("chosen", [(100 * plan["predicted_cost"], 100 * plan["predicted_error"])], GREEN, "ring"),
+        ]
+        charts.append(Chart("Predicted error of attention (%)", "attention time (% of full)", marks, zero=True))
+    charts.append(
         Chart(
             "PSNR to the plain run (dB)",
             "attention time (% of full)",
@@ -196,8 +193,8 @@ def search_curve(found: Found, target: str, value: float) -> Image.Image:
             ],
             x_line=value if target == TIME else None,
             y_line=value if target == QUALITY else None,
-        ),
-    ]
+        )
+    )
     return draw_charts(f"{found.plan.provenance['method']} · {found.plan.model.family} · {found.plan.tokens:,} tokens", charts)
 
 

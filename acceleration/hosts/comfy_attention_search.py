@@ -12,7 +12,10 @@ import numpy as np
 import torch
 
 from ..attention.geometry import Geometry
+from ..attention.planned.schedules import SCHEDULES
+from ..attention.probing.greedy import plan_of
 from ..attention.probing.technique import ORDERS
+from ..attention.reuse import Mode
 from ..attention.search import (
     SEARCHES,
     Allocation,
@@ -43,6 +46,10 @@ Sample = Callable[[Any], torch.Tensor]
 Decode = Callable[[torch.Tensor], torch.Tensor]
 Progress = Callable[[int], None]
 
+#: DiTFastAttn's own search, beside those on a probe's curves.
+GREEDY = "DiTFastAttn, greedy"
+#: theta of the greedy search by knob, from fast to full; the paper's lie between.
+THETAS = (0.5, 0.002)
 QUALITY, TIME = "PSNR at least (dB)", "attention time at most (%)"
 #: How bold the choice is that shows what errors of each part of the run count.
 WEIGHING_KNOB = 0.4
@@ -155,8 +162,8 @@ class Found:
 
     Attributes:
         plan: the plan.
-        problem: what was chosen from.
-        choose: knob -> choice.
+        problem: what was chosen from; None for the greedy search.
+        choose: knob -> choice; likewise.
         tried: plans that were run.
         speed: measured, plain evaluations over those with the plan.
         quality: PSNR of the plan's run, dB.
@@ -164,12 +171,38 @@ class Found:
     """
 
     plan: PlanFile
-    problem: Problem
-    choose: Callable[[float], Allocation]
+    problem: Problem | None
+    choose: Callable[[float], Allocation] | None
     tried: list[Tried]
     speed: float
     quality: float
     pictures: bool
+
+
+def greedy(model: Any, sample: Sample, theta: float, guided: bool = False, **fields: Any) -> tuple[PlanFile, int]:
+    """Search as DiTFastAttn does, in one run that computes every step dozens of times.
+
+    Args:
+        model: MODEL without anything that skips steps or attention.
+        sample: samples with the MODEL it is given.
+        theta: how far the network's output may be off; the paper's are .05 to .0725.
+        guided: whether guidance branches may share.
+        fields: further ones of the plan.
+
+    Returns:
+        The plan, and how often the network was run.
+
+    Raises:
+        StrettoError: the search cannot run; the message says why.
+    """
+    token = uuid4().hex
+    settings = {"token": token, "theta": theta, "guided": guided}
+    sample(request(model, Request("attention_greedy", settings, required=True)))
+    taken = TRACES.take_record("attention_greedy", token)
+    if taken is None or taken[0]["error"] is not None:
+        why = "the sampler did not run the model it was given" if taken is None else taken[0]["error"]
+        raise StrettoError(f"Stretto Attention Search: {why}")
+    return plan_of(taken[0], **fields), taken[0]["runs"]
 
 
 def search(
@@ -180,7 +213,7 @@ def search(
 
     Args:
         run: what was probed, and what it takes to sample again.
-        method: key of :data:`~..attention.search.SEARCHES`.
+        method: key of :data:`~..attention.search.SEARCHES`, or :data:`GREEDY`.
         target: :data:`QUALITY` or :data:`TIME`.
         value: decibels, or percent of full attention's time.
         tries: runs that plans are tried by, at a target in decibels.
@@ -191,6 +224,8 @@ def search(
     Raises:
         StrettoError: no such method, the probe has not tried what it needs, or no plan meets the target.
     """
+    if method == GREEDY:
+        return _search_greedy(run, target, value, tries, decode, progress)
     probed, row = run.probed, _search_row(method)
     buckets = len(probed.curves.edges) + 1
     trial = _Trials(run, decode, (tries if target == QUALITY else 1) + (buckets if weigh else 0), progress)
@@ -198,7 +233,7 @@ def search(
     problem = pose(probed.curves, latency, limits)
 
     def make(chosen: Allocation) -> PlanFile:
-        return _as_plan(probed, problem, chosen, method, run.job)
+        return _as_plan(run, problem, chosen, method)
 
     try:
         choose = row.search(problem)
@@ -214,15 +249,48 @@ def search(
         tried = [Tried(knob, plan.achieved["predicted_cost"], trial(plan))]
     else:
         plan, tried = cheapest_that_passes(choose, make, trial, value, tries)
-        if plan is None:
-            best = max(item.quality for item in tried)
-            raise StrettoError(
-                f"Stretto Attention Search: no plan of {method} reached {value:g} dB; the best of {len(tried)} tries gave "
-                f"{best:.1f} dB. Ask for less, or give more tries"
-            )
+    return _found(plan, tried, trial, method, value, problem, choose, decode is not None)
+
+
+def _found(
+    plan: PlanFile | None, tried: list[Tried], trial: "_Trials", method: str, value: float, problem: Problem | None,
+    choose: Callable[[float], Allocation] | None, pictures: bool,
+) -> Found:  # fmt: skip
+    if plan is None:
+        best = max(item.quality for item in tried)
+        raise StrettoError(
+            f"Stretto Attention Search: no plan of {method} reached {value:g} dB; the best of {len(tried)} tries gave "
+            f"{best:.1f} dB. Ask for less, or give more tries"
+        )
     speed, quality = trial.figures[id(plan)]
     achieved = {**plan.achieved, "psnr": round(quality, 2), "speed": round(speed, 3)}
-    return Found(replace(plan, achieved=achieved), problem, choose, tried, speed, quality, decode is not None)
+    return Found(replace(plan, achieved=achieved), problem, choose, tried, speed, quality, pictures)
+
+
+def _search_greedy(
+    run: ProbedRun, target: str, value: float, tries: int, decode: Decode | None, progress: Callable[[int], Progress] | None
+) -> Found:  # fmt: skip
+    """Like :func:`search`, with a run of the greedy search for every theta that is tried."""
+    if target == TIME:
+        raise StrettoError(f"Stretto Attention Search: {GREEDY} asks for a quality; choose the target {QUALITY!r}")
+    trial = _Trials(run, decode, 2 * tries, progress)
+
+    def choose(knob: float) -> Allocation:
+        theta = THETAS[0] * (THETAS[1] / THETAS[0]) ** knob
+        plan, runs = greedy(run.job.model, trial.sample, theta, provenance=_provenance(run, GREEDY, theta=theta))
+        cost = np.select([plan.mode == int(Mode.FULL), plan.mode == int(Mode.SHARE)], [1.0, 0.0], SCHEDULES["DiTFastAttn"].keep)
+        achieved = {"predicted_cost": round(float(cost.mean()), 6), "network_runs": runs}
+        return _Made(np.zeros(0, np.int64), float(cost.mean()), 0.0, replace(plan, achieved=achieved))
+
+    plan, tried = cheapest_that_passes(choose, lambda made: made.plan, trial, value, tries)
+    return _found(plan, tried, trial, GREEDY, value, None, None, decode is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Made(Allocation):
+    """A choice that is a plan already."""
+
+    plan: PlanFile
 
 
 class _Trials:
@@ -233,20 +301,20 @@ class _Trials:
     ) -> None:
         self.run, self.decode, self.steps = run, decode or (lambda latent: latent), 0
         self.tell = (progress or (lambda total: lambda done: None))((tries + 1) * run.job.steps)
-        self.plain_seconds = plain_seconds(run.job.model, self._sample)[1]
+        self.plain_seconds = plain_seconds(run.job.model, self.sample)[1]
         self.reference = self.decode(run.latent).float().cpu()
         self.peak = None if decode is None else 1.0
         self.figures: dict[int, tuple[float, float]] = {}
         self.plans: list[PlanFile] = []  # kept, so that ids stay taken
 
     def __call__(self, plan: PlanFile) -> float:
-        latent, seconds = try_plan(self.run.job.model, self._sample, plan)
+        latent, seconds = try_plan(self.run.job.model, self.sample, plan)
         quality = min(psnr(self.decode(latent).float().cpu(), self.reference, self.peak), MOST_DECIBELS)
         self.plans.append(plan)
         self.figures[id(plan)] = self.plain_seconds / seconds, quality
         return quality
 
-    def _sample(self, model: Any) -> torch.Tensor:
+    def sample(self, model: Any) -> torch.Tensor:
         def step(*_: Any) -> None:
             self.steps += 1
             self.tell(self.steps)
@@ -287,13 +355,22 @@ def _search_row(method: str) -> Any:
     return SEARCHES[method]
 
 
-def _as_plan(probed: Probed, problem: Problem, chosen: Allocation, method: str, job: SamplingJob) -> PlanFile:
-    about = probed.about
+def _as_plan(run: ProbedRun, problem: Problem, chosen: Allocation, method: str) -> PlanFile:
+    probed, about = run.probed, run.probed.about
     tag = ModelTag(about["family"], about["variant"], about["hash"])
-    provenance = {
-        "source": "Stretto Attention Search, on the user's own model and prompt",
+    return as_plan(
+        problem, chosen, tag, steps=len(probed.sigmas), grid=tuple(probed.shape["grid"]), tokens=probed.shape["tokens"],
+        block=(about["block"],) * 2, order=ORDERS[about["order"]],
+        rho_step=0.0, provenance=_provenance(run, method),
+    )  # fmt: skip
+
+
+def _provenance(run: ProbedRun, method: str, **more: Any) -> dict[str, Any]:
+    job, probed = run.job, run.probed
+    return {
+        "source": "Stretto Attention Search, tried by real runs",
         "method": method,
-        "paper": SEARCHES[method].source,
+        "paper": "arXiv 2406.08552" if method == GREEDY else SEARCHES[method].source,
         "date": datetime.now(timezone.utc).date().isoformat(),
         "sampler": job.sampler_name,
         "scheduler": job.scheduler,
@@ -301,12 +378,8 @@ def _as_plan(probed: Probed, problem: Problem, chosen: Allocation, method: str, 
         "seed": job.seed,
         "device": probed.device,
         "dtype": probed.dtype,
+        **more,
     }
-    return as_plan(
-        problem, chosen, tag, steps=len(probed.sigmas), grid=tuple(probed.shape["grid"]), tokens=probed.shape["tokens"],
-        block=(about["block"],) * 2, order=ORDERS[about["order"]],
-        rho_step=0.0, provenance=provenance,
-    )  # fmt: skip
 
 
 def _knob_for(choose: Callable[[float], Allocation], cost: float) -> float:

@@ -10,7 +10,7 @@ from stretto.acceleration.attention.reuse import Mode
 from stretto.acceleration.attention.search import SEARCHES, curves_from_json, curves_json, load_plan
 from stretto.acceleration.errors import ConflictError, StrettoError
 from stretto.acceleration.hosts import comfy as host
-from stretto.acceleration.hosts.comfy_attention_search import QUALITY, TIME, ProbedRun, probe, search
+from stretto.acceleration.hosts.comfy_attention_search import GREEDY, QUALITY, TIME, ProbedRun, greedy, probe, search
 from stretto.acceleration.hosts.comfy_sampling import SamplingJob
 from stretto.acceleration.plan import Request
 from stretto.acceleration.quality import psnr
@@ -137,3 +137,36 @@ def test_shared_outputs_are_found_where_nothing_else_is_faster(tiny):
     run = probed_run(job_of(tiny))
     found = search(run, "Budgets", TIME, 80.0)
     assert set(np.unique(found.plan.mode)) & {int(Mode.SHARE), int(Mode.ZERO)}
+
+
+def test_the_greedy_search_decides_every_layer_at_every_step_and_its_plan_runs(tiny, nodes, tmp_path, monkeypatch):  # noqa: F811
+    job = job_of(tiny, steps=5, shape=(16, 2, 16, 16))
+    plan, runs = greedy(job.model, quiet(job), 0.05, guided=True)
+    layers = plan.mode.shape[1]
+    assert plan.mode.shape[0] == 5 and (plan.mode[-1] == int(Mode.FULL)).all()  # the first step, of most noise
+    assert set(np.unique(plan.mode)) <= {int(Mode.FULL), int(Mode.SHARE), int(Mode.RESIDUAL)}
+    assert 5 + 4 * (1 + layers) <= runs <= 5 + 4 * (1 + 4 * layers)
+    full, few = greedy(job.model, quiet(job), 1e-9)
+    exact = full.mode[:-1] != int(Mode.FULL)
+    assert few == 5 + 4 * (1 + 2 * layers) or exact.any()  # every candidate was tried and found wanting, or changed nothing
+    run = probed_run(job)
+    found = search(run, GREEDY, QUALITY, 25.0, tries=2)
+    assert found.quality >= 25.0 and found.plan.provenance["theta"] > 0 and found.plan.achieved["network_runs"] > 5
+    from stretto.nodes.attention_search import search_curve, search_summary
+
+    assert search_curve(found, QUALITY, 25.0).width == 960
+    assert "Heads: " in search_summary(found, GREEDY, QUALITY, 25.0, tmp_path / "a.safetensors")
+    with pytest.raises(StrettoError, match="asks for a quality"):
+        search(run, GREEDY, TIME, 50.0)
+
+
+def test_a_run_of_the_greedy_search_ends_where_its_own_plan_does(tiny):
+    """What was decided was also followed, so the plan, run again, gives the same picture."""
+    from stretto.acceleration.hosts.comfy_attention_search import try_plan
+
+    job = job_of(tiny, steps=5, shape=(16, 2, 16, 16))
+    ended = []
+    plan, _ = greedy(job.model, lambda model: ended.append(quiet(job)(model)) or ended[0], 0.3)
+    again, _ = try_plan(job.model, quiet(job), plan)
+    assert (plan.mode != int(Mode.FULL)).any()
+    assert torch.allclose(again, ended[0], rtol=1e-4, atol=1e-4)

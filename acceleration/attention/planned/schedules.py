@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -66,11 +67,17 @@ class Schedule:
         """
         one = self.table(len(sigmas), layers, full_until, period, guided and self.guided)
         table = ModeTable(*(np.repeat(x, heads, -1) for x in (one.modes, one.cfg)))
+        return self.laid(table, family, sigmas, grid, block, keep)
+
+    def laid(
+        self, table: ModeTable, family: str, sigmas: Sequence[float], grid: tuple[int, int, int], block: int, keep: float,
+        **fields: Any,
+    ) -> PlanFile:  # fmt: skip
+        """Return modes as a plan whose lists are this schedule's; ``fields`` are further ones of the plan."""
         patterns = self.pattern(grid[0] > 1, keep)
         return from_steps(
             table,
             sigmas,
-            model=ModelTag(family),
             pattern=np.full(table.modes.shape, len(patterns) - 1, np.uint8),
             budget=np.full(table.modes.shape, keep if self.routed else 0.0, np.float32),
             patterns=patterns,
@@ -79,7 +86,7 @@ class Schedule:
             block=(block, block),
             order=OrderSpec("tiles", (1, 8, 8)) if self.routed else OrderSpec(),
             rho_step=self.rho_step,
-            provenance={"source": self.source},
+            **{"model": ModelTag(family), "provenance": {"source": self.source}, **fields},
         )
 
 

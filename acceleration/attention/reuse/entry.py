@@ -1,6 +1,7 @@
 """What one attention keeps of one guidance branch, in groups of heads that were kept at the same time."""
 
 from collections.abc import Hashable
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -133,6 +134,10 @@ class Entry:
     def system_bytes(self) -> int:
         """Bytes in system memory."""
         return sum(group.system_bytes for group in (*self.outputs, *self.held))
+
+    def copy(self) -> "Entry":
+        """Return an entry that changes by itself; tensors are shared, nobody writes to them."""
+        return Entry(self.shape, list(self.outputs), [copy(group) for group in self.held], self.evaluation)
 
     def has_output(self, heads: int) -> np.ndarray:
         """Return bool [H]: whose output is kept."""

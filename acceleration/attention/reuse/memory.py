@@ -272,6 +272,17 @@ class AttentionMemory:
         self.reset()
         self._evaluation, self._attended = -1, False
 
+    def snapshot(self) -> Any:
+        """Return all that is remembered, for :meth:`restore`: so that a network call may be tried in several ways."""
+        return {key: entry.copy() for key, entry in self._entries.items()}, dict(self._donations), set(self._ambiguous)
+
+    def restore(self, snapshot: Any) -> None:
+        """Remember what :meth:`snapshot` returned, any number of times."""
+        entries, donations, ambiguous = snapshot
+        self._entries = {key: entry.copy() for key, entry in entries.items()}
+        self._donations, self._ambiguous = dict(donations), set(ambiguous)
+        self._count()
+
     def grid(self) -> np.ndarray:
         """Return uint8 [steps, layers, heads]: what the first branch's heads did; 255 where no attention came by."""
         return np.full(self.table.modes.shape, 255, np.uint8) if self._done is None else self._done.copy()

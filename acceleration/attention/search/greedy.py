@@ -64,19 +64,32 @@ def search(
     """
     found = []
     for step in range(steps):
-        methods = [FULL] * layers
+        methods = (FULL,) * layers
         if step:
-            reference = evaluate(step, tuple(methods), False)
-            for layer in range(layers):
-                for candidate in candidates:
-                    methods[layer] = candidate
-                    if loss(evaluate(step, tuple(methods), False), reference) < theta * (layer + 1) / layers:
-                        break
-                else:
-                    methods[layer] = FULL
-        evaluate(step, tuple(methods), True)
-        found.append(tuple(methods))
+            methods = decide_step(lambda tried, at=step: evaluate(at, tried, False), layers, theta, candidates, loss)
+        evaluate(step, methods, True)
+        found.append(methods)
     return found
+
+
+def decide_step(
+    evaluate: Callable[[tuple[Method, ...]], Tensor],
+    layers: int,
+    theta: float,
+    candidates: Sequence[Method] = CANDIDATES,
+    loss: Callable[[Tensor, Tensor], float] = clipped_relative,
+) -> tuple[Method, ...]:
+    """Return the method of every layer at one step; arguments as :func:`search`."""
+    methods = [FULL] * layers
+    reference = evaluate(tuple(methods))
+    for layer in range(layers):
+        for candidate in candidates:
+            methods[layer] = candidate
+            if loss(evaluate(tuple(methods)), reference) < theta * (layer + 1) / layers:
+                break
+        else:
+            methods[layer] = FULL
+    return tuple(methods)
 
 
 def as_table(found: Sequence[Sequence[Method]], heads: int) -> ModeTable:
