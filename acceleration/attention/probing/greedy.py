@@ -20,11 +20,12 @@ from ..planned.session import PlannedSession
 from ..planned.settings import FREE_SHARE
 from ..planned.technique import BLOCK, FEW_BLOCKS, SMALL_BLOCK, hash_of
 from ..reuse import AS_COMPUTED, AttentionMemory, Mode, ModeTable
+from ..reuse.schedule import Table
 from ..search import ModelTag, PlanFile
 from ..search.greedy import CANDIDATES, FULL, Method, decide_step
 
 
-class OpenTable:
+class OpenTable(Table):
     """A table of modes whose rows are decided one after the other; what a later step may need is always kept.
 
     Attributes:
@@ -38,30 +39,11 @@ class OpenTable:
         self.alpha = np.ones((steps, layers, heads), np.float32)
         self.now = 0
 
-    @property
-    def steps(self) -> int:
-        """Steps of the run."""
-        return self.modes.shape[0]
-
-    @property
-    def layers(self) -> int:
-        """Attentions of the network."""
-        return self.modes.shape[1]
-
-    @property
-    def heads(self) -> int:
-        """Heads of each."""
-        return self.modes.shape[2]
-
     def decide(self, step: int, methods: tuple[Method, ...]) -> None:
         """Let every layer follow its method at a step."""
         self.now = step
         self.modes[step] = np.array([int(method.mode) for method in methods], np.uint8)[:, None]
         self.cfg[step] = np.array([method.cfg for method in methods])[:, None]
-
-    def clamp(self, step: int) -> int:
-        """Return ``step``, or the last one where the run goes on beyond it."""
-        return min(max(step, 0), self.steps - 1)
 
     def shares(self, step: int) -> np.ndarray:
         """Return bool [layers, heads]: what is decided, and everything for later steps."""

@@ -9,8 +9,37 @@ from ...errors import StrettoError
 from .modes import CORRECTED, NAMES, Mode, is_any
 
 
+class Table:
+    """What tables of modes share: their shape.
+
+    Attributes:
+        modes: uint8 [steps, layers, heads] of :class:`~.modes.Mode`.
+    """
+
+    modes: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run."""
+        return self.modes.shape[0]
+
+    @property
+    def layers(self) -> int:
+        """Attentions of the network."""
+        return self.modes.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """Heads of each."""
+        return self.modes.shape[2]
+
+    def clamp(self, step: int) -> int:
+        """Return ``step``, or the last one where the run goes on beyond it."""
+        return min(max(step, 0), self.steps - 1)
+
+
 @dataclass(frozen=True, eq=False)
-class ModeTable:
+class ModeTable(Table):
     """The modes of a run.
 
     Attributes:
@@ -44,25 +73,6 @@ class ModeTable:
         object.__setattr__(self, "alpha", alpha)
         object.__setattr__(self, "_later", _correction_from(modes))
         object.__setattr__(self, "_lent", cfg & ~_leaves_own(modes, cfg))
-
-    @property
-    def steps(self) -> int:
-        """Steps of the run."""
-        return self.modes.shape[0]
-
-    @property
-    def layers(self) -> int:
-        """Attentions of the network."""
-        return self.modes.shape[1]
-
-    @property
-    def heads(self) -> int:
-        """Heads of each."""
-        return self.modes.shape[2]
-
-    def clamp(self, step: int) -> int:
-        """Return ``step``, or the last one where the run goes on beyond it."""
-        return min(max(step, 0), self.steps - 1)
 
     def shares(self, step: int) -> np.ndarray:
         """Return bool [layers, heads]: whether ``step`` takes outputs of an earlier one; nothing past the last step."""
