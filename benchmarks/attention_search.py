@@ -22,6 +22,8 @@ from caching import MODELS, RESULTS, Bench, psnr
 from overhead import ROOT, prepare
 
 FRAMES, SEED = 5, 2000
+#: Plans that are tried, each with so many seeds beside the probe's.
+TRIES, EXTRA_SEEDS = 4, 1
 #: (share of the blocks, share of the steps that stay dense) of sparse attention with one setting for all.
 UNIFORM = ((0.5, 0.2), (0.5, 0.5), (0.25, 0.2), (0.25, 0.5), (0.1, 0.5))
 SCHEDULES = (("DiTFastAttn", 0.25), ("Re-ttention", 0.03125), ("Re-ttention, rho only", 0.25), ("Re-ttention, routed", 0.25))
@@ -76,7 +78,7 @@ def find(runs: Runs, methods: list[str], prompt: str, target: float, block: int,
         run, probing = probes[order]
         begun = time.perf_counter()
         try:
-            result = search(run, method, QUALITY, target, 5, runs.decode)
+            result = search(run, method, QUALITY, target, TRIES, runs.decode, extra_seeds=EXTRA_SEEDS)
         except StrettoError as error:
             print(f"  {method}: {error}", flush=True)
             found[method] = {"error": str(error)}

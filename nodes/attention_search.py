@@ -108,6 +108,15 @@ class StrettoAttentionSearch(io.ComfyNode):
                     optional=True,
                     tooltip="Four runs first, which show how much errors in each quarter of the run count in the picture.",
                 ),
+                io.Int.Input(
+                    "extra_seeds",
+                    default=1,
+                    min=0,
+                    max=8,
+                    optional=True,
+                    tooltip="Other seeds that a plan must keep the quality with; the worst decides, and a plan that fails one is "
+                    "tried no further.",
+                ),
             ],
             outputs=[
                 PLAN_TYPE.Output(display_name="plan"),
@@ -121,15 +130,15 @@ class StrettoAttentionSearch(io.ComfyNode):
     @classmethod
     def execute(
         cls, probe: ProbedRun, method: str, target: str, value: float, tries: int, name: str, vae: Any = None,
-        weigh: bool = True,
-    ) -> io.NodeOutput:
+        weigh: bool = True, extra_seeds: int = 1,
+    ) -> io.NodeOutput:  # fmt: skip
         if not isinstance(probe, ProbedRun):
             raise StrettoError(f"probe is a {type(probe).__name__}; connect the output of Stretto Attention Probe")
         if target not in (QUALITY, TIME):
             raise StrettoError(f"Stretto Attention Search: target is {target!r}; expected one of {QUALITY}, {TIME}")
         name = checked_name(name) if name.strip() else _default_name(probe.probed, method, target, value)
         decode = None if vae is None else lambda latent: _pictures(vae, latent)
-        found = search(probe, method, target, value, tries, decode, _progress, weigh)
+        found = search(probe, method, target, value, tries, decode, _progress, weigh, extra_seeds)
         path = save_new_plan(user_folder(), name, found.plan)
         picture, text = as_image(search_curve(found, target, value)), search_summary(found, method, target, value, path)
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
@@ -205,7 +214,7 @@ def search_summary(found: Found, method: str, target: str, value: float, path: P
     parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share)
     return (
         f"{method}, {target} {value:g}: attention takes {plan.achieved['predicted_cost']:.0%} of its time as predicted; "
-        f"measured: all evaluations {found.speed:.2f}x as fast, {found.quality:.1f} dB to the plain run ({what}, one seed).\n"
+        f"measured: all evaluations {found.speed:.2f}x as fast, {found.quality:.1f} dB to the plain run ({what}, worst seed).\n"
         f"Heads: {parts}.\n"
         f"{len(found.tried)} plans were tried. Saved as {path.name} in {path.parent}."
     )
