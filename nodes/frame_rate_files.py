@@ -2,20 +2,25 @@
 
 import hashlib
 import json
-import os
-import shutil
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import folder_paths
-import safetensors.torch
+import safetensors
 import torch
 from comfy_api.latest import io
 
 from ..acceleration.errors import StrettoError
 from ..acceleration.frame_rate.schedule import LATENT_KEY, FrameRateSchedule, schedule_of_latent, with_schedule
-from ..acceleration.safetensors_header import read_header
+from ..acceleration.quantization.writer import Spec, StreamWriter
+from ..acceleration.safetensors_header import SPELLINGS, Header, read_header
 
+SAVE, LOAD = "Stretto Save Latent", "Stretto Load Latent"
 TENSOR, VERSION, MASK = "latent_tensor", "latent_format_version_0", "noise_mask"
+#: What ComfyUI multiplies the latents of its oldest files by, which lack VERSION.
+OLD_SCALE = 1 / 0.18215
 
 
 class StrettoSaveScheduledLatent(io.ComfyNode):
@@ -25,12 +30,14 @@ class StrettoSaveScheduledLatent(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="StrettoSaveScheduledLatent",
-            display_name="Stretto Save Latent",
+            display_name=SAVE,
             category="Stretto",
             description="Saves a latent and the frame schedule that it carries, which Save Latent would lose.",
             inputs=[
                 io.Latent.Input("samples", tooltip="A latent, with or without a schedule."),
-                io.String.Input("filename_prefix", default="latents/Stretto", tooltip="Folder and beginning of the name."),
+                io.String.Input(
+                    "filename_prefix", default="latents/Stretto", tooltip="Folder and beginning of the name."
+                ),
             ],
             outputs=[],
             is_output_node=True,
@@ -55,7 +62,7 @@ class StrettoLoadScheduledLatent(io.ComfyNode):
         names = sorted(path.name for path in folder.glob("*.latent")) if folder.is_dir() else []
         return io.Schema(
             node_id="StrettoLoadScheduledLatent",
-            display_name="Stretto Load Latent",
+            display_name=LOAD,
             category="Stretto",
             description="Loads a latent from ComfyUI's input folder, with the frame schedule that was saved in it.",
             inputs=[io.Combo.Input("latent", options=names, tooltip="A .latent file in ComfyUI's input folder.")],
@@ -68,58 +75,75 @@ class StrettoLoadScheduledLatent(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, latent: str) -> str:
-        return hashlib.sha256(Path(folder_paths.get_annotated_filepath(latent)).read_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        with Path(folder_paths.get_annotated_filepath(latent)).open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+        return digest.hexdigest()
 
     @classmethod
     def validate_inputs(cls, latent: str) -> bool | str:
         return True if folder_paths.exists_annotated_filepath(latent) else f"there is no latent file {latent}"
 
 
-def write_latent(path: Path, latent: dict) -> None:
+def write_latent(path: Path, latent: Mapping[str, Any]) -> None:
     """Write a LATENT to ``path``: whole or not at all, and never over a file that is there.
 
+    Args:
+        path: the file.
+        latent: ``samples`` [B, C, (T,) H, W] of any floating dtype, kept to the bit; its ``noise_mask`` and schedule too.
+
     Raises:
-        StrettoError: the schedule is stale, the file exists, or the disk is too full.
+        StrettoError: the schedule is stale, the latent is no single tensor, the file exists, or the disk is too full.
     """
+    samples = latent["samples"]
+    if not isinstance(samples, torch.Tensor) or samples.is_nested:
+        raise StrettoError(f"{SAVE}: the latent is {type(samples).__name__}; only one of a single tensor can be saved")
     schedule_of_latent(latent)  # a stale schedule must not get into a file
-    tensors = {TENSOR: latent["samples"].contiguous(), VERSION: torch.tensor([])}
+    tensors = {TENSOR: samples, VERSION: torch.tensor([])}
     if isinstance(latent.get("noise_mask"), torch.Tensor):
-        tensors[MASK] = latent["noise_mask"].contiguous()
+        tensors[MASK] = latent["noise_mask"]
     metadata = {LATENT_KEY: json.dumps(latent[LATENT_KEY])} if LATENT_KEY in latent else {}
     if path.exists():
-        raise StrettoError(f"Stretto Save Latent: {path.name} exists already; choose another filename_prefix")
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + (1 << 16)
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise StrettoError(f"Stretto Save Latent: {path.name} takes {size:,} bytes and {free:,} are free")
-    temporary = path.with_suffix(".tmp")
-    try:
-        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-        os.rename(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise StrettoError(f"{SAVE}: {path.name} exists already; choose another filename_prefix")
+    specs = [Spec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with StreamWriter(path, specs, metadata) as writer:
+        for name, tensor in tensors.items():
+            if tensor.numel():
+                writer.write(name, tensor)
 
 
-def read_latent(path: Path) -> dict:
-    """Read a LATENT with its schedule, where the file holds one.
+def read_latent(path: Path) -> dict[str, Any]:
+    """Read a LATENT with its schedule, where the file holds one: float32, as ComfyUI's own Load Latent returns it.
 
     Raises:
-        StrettoError: no such file, or no latent in it, or a schedule of another latent.
+        StrettoError: no such file, or no latent in it, or a schedule of another latent; said before a tensor is read.
     """
     header = read_header(path)
-    if TENSOR not in header.entries:
-        raise StrettoError(f"Stretto Load Latent: {path.name} holds no {TENSOR}; it is no latent file")
-    tensors = safetensors.torch.load_file(path)
-    scale = 1.0 if VERSION in tensors else 1 / 0.18215  # what ComfyUI does for its oldest files
-    latent = {"samples": tensors[TENSOR].float() * scale}
-    if MASK in tensors:
-        latent["noise_mask"] = tensors[MASK]
+    entry = header.entries.get(TENSOR)
+    if entry is None:
+        raise StrettoError(f"{LOAD}: {path.name} holds no {TENSOR}; it is no latent file")
+    if not entry.dtype.is_floating_point or not 3 <= len(entry.shape) <= 5 or not math.prod(entry.shape):
+        kind = f"{SPELLINGS[entry.dtype]} {list(entry.shape)}"
+        raise StrettoError(
+            f"{LOAD}: {TENSOR} in {path.name} is {kind}; expected floating point with 3 to 5 axes, none empty"
+        )
+    schedule = _schedule_in(header)
+    schedule_of_latent(with_schedule({"samples": torch.empty(entry.shape, device="meta")}, schedule))
+    with safetensors.safe_open(path, "pt") as file:
+        # A copy: what is read is a view of the file, which may be moved or written while the latent is in use.
+        samples = file.get_tensor(TENSOR).to(torch.float32, copy=True)
+        latent = {"samples": samples if VERSION in header.entries else samples * OLD_SCALE}
+        if MASK in header.entries:
+            latent[MASK] = file.get_tensor(MASK).clone()
+    return with_schedule(latent, schedule)
+
+
+def _schedule_in(header: Header) -> FrameRateSchedule | None:
     if LATENT_KEY not in header.metadata:
-        return latent
+        return None
     try:
-        schedule = FrameRateSchedule.from_json(json.loads(header.metadata[LATENT_KEY]))
-    except json.JSONDecodeError as error:
-        raise StrettoError(f"Stretto Load Latent: the schedule in {path.name} is no JSON: {error}") from None
-    found = with_schedule(latent, schedule)
-    schedule_of_latent(found)
-    return found
+        document = json.loads(header.metadata[LATENT_KEY])
+    except (ValueError, RecursionError) as error:
+        raise StrettoError(f"{LOAD}: the schedule in {header.path.name} is no JSON: {str(error)[:120]}") from None
+    return FrameRateSchedule.from_json(document)
