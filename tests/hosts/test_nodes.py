@@ -52,6 +52,20 @@ def test_everything_is_explained(nodes):
         assert all(item.tooltip for item in schema.inputs), name
 
 
+def test_the_measuring_code_knows_which_nodes_give_no_model(nodes):
+    """A plain arm is made by bypassing nodes that take a MODEL: those that give something else must be known to it."""
+    from stretto.web.panel.measure import arms
+
+    known = {*arms.PROBES, *arms.SWITCHED_OFF}
+    for name, node in nodes.items():
+        schema = node.define_schema()
+        if any(item.id == "model" and item.get_io_type() == "MODEL" for item in schema.inputs):
+            gives = any(item.get_io_type() == "MODEL" for item in schema.outputs)
+            assert gives != (name in known), name
+    for name, settings in arms.SWITCHED_OFF.items():
+        assert set(settings) <= {item.id for item in nodes[name].define_schema().inputs}
+
+
 def test_report_finds_the_sampler_upstream(nodes, tiny, monkeypatch):
     sample(host.request(tiny("sd3"), Request("cache", {"interval": 2, "warmup": 2, "tail": 1})), "sd3")
     made = host.TRACES.of_prompt(None)[-1]

@@ -81,6 +81,69 @@ def test_a_node_without_model_input_cannot_be_bypassed(workflow):
         arms.bypass(workflow, ["KSampler", "VAEDecode"])
 
 
+@pytest.fixture
+def dynamic(workflow):
+    """The workflow on fewer latent frames: a sampler of the pack's own after the cache, and all its outputs in use."""
+    sampling = workflow["5"]["inputs"]
+    inputs = {name: sampling[name] for name in sampling} | {
+        "vae": ["7", 0], "keep": 60.0, "after": 20.0, "restore": "linear", "layers": ["31", 0], "fresh": False,
+    }  # fmt: skip
+    probe = {name: sampling[name] for name in ("model", "positive", "negative", "latent_image")}
+    more = {
+        "5": {"class_type": "StrettoDynamicFrameRate", "inputs": inputs},
+        "8": {"class_type": "StrettoDynamicVAEDecode", "inputs": {**workflow["8"]["inputs"], "restore": "none", "tile": 0}},
+        "30": {"class_type": "StrettoRestoreFrames",
+               "inputs": {"images": ["8", 0], "schedule": ["5", 1], "method": "motion"}},
+        "31": {"class_type": "StrettoFrameRateProbe", "inputs": {**probe, "seed": 0, "steps": 20, "cfg": 5.0}},
+        "32": {"class_type": "PreviewAny", "inputs": {"source": ["31", 1]}},
+        "33": {"class_type": "PreviewAny", "inputs": {"source": ["5", 2]}},
+    }  # fmt: skip
+    return {**workflow, **more}
+
+
+def test_a_sampler_of_the_packs_own_samples_plainly_in_the_plain_arm(dynamic):
+    before = copy.deepcopy(dynamic)
+    plain = arms.plain(dynamic)
+    assert dynamic == before
+    inputs = plain["5"]["inputs"]
+    assert plain["5"]["class_type"] == "StrettoDynamicFrameRate" and inputs["keep"] == 100.0
+    assert inputs["model"] == ["1", 0], "the cache before it is bypassed"
+    for name in set(dynamic["5"]["inputs"]) - {"model", "keep", "layers"}:
+        assert inputs[name] == dynamic["5"]["inputs"][name], name
+    assert plain["8"] == dynamic["8"] and plain["30"] == dynamic["30"], "what reads latent and schedule keeps its links"
+    assert not {"31", "32"} & set(plain) and "33" in plain, "the probe is gone with what shows it"
+    links = [value for node in plain.values() for value in node["inputs"].values() if arms.is_link(value)]
+    assert all(key in plain for key, _ in links)
+    assert arms.plain(plain) == plain
+
+
+def test_a_run_that_keeps_all_frames_is_the_plain_one(dynamic):
+    kept = arms.set_inputs(arms.plain(dynamic), "StrettoDynamicFrameRate", keep=100)
+    assert arms.accelerators(kept) == [] and arms.label_of(kept, "fallback") == "fallback"
+    assert arms.label_of(dynamic, "x") == "Taylor (every 2, order 1) + DynamicFrameRate (keep 60 %)"
+    linked = arms.set_inputs(dynamic, "StrettoDynamicFrameRate", keep=["9", 0])
+    assert arms.label_of(linked, "x").endswith("DynamicFrameRate")
+
+
+def test_of_two_samplers_beside_each_other_only_the_packs_own_counts(dynamic, workflow):
+    """The comparison workflow: KSampler and the pack's sampler in one file."""
+    both = {**dynamic, "40": copy.deepcopy(workflow["5"])}
+    plain = arms.plain(both)
+    assert plain["40"]["inputs"]["model"] == plain["5"]["inputs"]["model"] == ["1", 0]
+
+
+@pytest.mark.parametrize("name", ["StrettoDynamicFrameRate", "StrettoFrameRateProbe"])
+def test_what_gives_no_model_is_not_bypassed(dynamic, name):
+    with pytest.raises(WorkflowError, match=f"{name} .node .*gives more than a MODEL"):
+        arms.bypass(dynamic, [name])
+
+
+def test_a_run_cut_in_two_has_no_plain_arm_and_says_so(workflow):
+    workflow["20"] = {"class_type": "StrettoFrameRateSecondPass", "inputs": {"model": ["2", 0], "keep": 60.0}}
+    with pytest.raises(WorkflowError, match="between two samplers"):
+        arms.plain(workflow)
+
+
 def test_measure_stands_before_the_sampler_once_and_with_a_fresh_nonce(workflow):
     once = arms.ensure_measure(workflow, 1)
     twice = arms.ensure_measure(once, 2)

@@ -19,6 +19,11 @@ from .errors import WorkflowError
 Api = dict[str, dict[str, Any]]
 
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced", "StrettoDynamicFrameRate")
+# This pack's nodes that sample themselves and what makes them sample plainly, to the bit (layers may be a probe's link).
+SWITCHED_OFF = {"StrettoDynamicFrameRate": {"keep": 100.0, "layers": "auto"}}
+# Nodes of this pack that take a MODEL to examine it and give none.
+PROBES = ("StrettoProfile", "StrettoAttentionProbe", "StrettoBlockProbe", "StrettoFrameRateProbe")
+SECOND_PASS = "StrettoFrameRateSecondPass"
 MEASURE = "StrettoMeasure"
 REPORT = "StrettoReport"
 PREFIX = "Stretto"
@@ -274,22 +279,30 @@ def accelerators(api: Api) -> list[str]:
             node["class_type"]
             for node in api.values()
             if node["class_type"].startswith(PREFIX)
-            and node["class_type"] != MEASURE
+            and node["class_type"] not in (MEASURE, *PROBES)
             and is_link(node.get("inputs", {}).get("model"))
+            and not _switched_off(node)
         )
     )
 
 
+def _switched_off(node: dict[str, Any]) -> bool:
+    return node["class_type"] in SWITCHED_OFF and node["inputs"].get("keep") == 100
+
+
 def bypass(api: Api, class_types: Iterable[str]) -> Api:
-    """Remove the nodes of these classes and link their consumers to what came in at `model`."""
+    """Remove the nodes of these classes and link their consumers to what came in at `model`.
+
+    Raises `WorkflowError` for a node whose consumers want something else than a MODEL.
+    """
     classes = set(class_types)
     edited = copy.deepcopy(api)
     for key in [key for key, node in edited.items() if node["class_type"] in classes]:
-        source = edited[key].get("inputs", {}).get("model")
+        source, name = edited[key].get("inputs", {}).get("model"), f"{edited[key]['class_type']} (node {key})"
         if not is_link(source):
-            raise WorkflowError(
-                f"{edited[key]['class_type']} (node {key}) has no MODEL input, so it cannot be bypassed."
-            )
+            raise WorkflowError(f"{name} has no MODEL input, so it cannot be bypassed.")
+        if edited[key]["class_type"] in (*SWITCHED_OFF, *PROBES, SECOND_PASS):
+            raise WorkflowError(f"{name} gives more than a MODEL, so it cannot be bypassed.")
         del edited[key]
         for node in edited.values():
             for name, value in node.get("inputs", {}).items():
@@ -299,8 +312,22 @@ def bypass(api: Api, class_types: Iterable[str]) -> Api:
 
 
 def plain(api: Api) -> Api:
-    """The workflow without any accelerating node of this pack."""
-    return bypass(api, accelerators(api))
+    """The workflow without any accelerating node of this pack, and without those that examine the model.
+
+    Nodes that sample themselves stay and are told to sample plainly. Raises `WorkflowError` where one run is spread over two
+    samplers: what stands between them leaves nothing that would be the plain run.
+    """
+    found = accelerators(api)
+    if SECOND_PASS in found:
+        raise WorkflowError(
+            f"{SECOND_PASS} stands between two samplers, so no plain run follows from this workflow; compare with one of "
+            "its own, or use StrettoDynamicFrameRate."
+        )
+    edited = api
+    for name in SWITCHED_OFF:
+        if name in found:
+            edited = set_inputs(edited, name, **SWITCHED_OFF[name])
+    return remove(bypass(edited, [name for name in found if name not in SWITCHED_OFF]), PROBES)
 
 
 def remove(api: Api, class_types: Iterable[str]) -> Api:
@@ -413,6 +440,12 @@ def _cache_label(inputs: dict[str, Any]) -> str:
     return f"{method} ({inputs.get('level')})" if method == "SCM" else str(method)
 
 
+def _own_label(node: dict[str, Any]) -> str:
+    """Another node by its class, and by what it keeps where that decides."""
+    name, keep = node["class_type"].removeprefix(PREFIX), node["inputs"].get("keep")
+    return f"{name} (keep {keep:g} %)" if node["class_type"] in SWITCHED_OFF and isinstance(keep, int | float) else name
+
+
 def label_of(api: Api, fallback: str) -> str:
     """A short name for what accelerates a workflow, out of its nodes' settings."""
     parts = []
@@ -420,6 +453,6 @@ def label_of(api: Api, fallback: str) -> str:
         inputs = node.get("inputs", {})
         if node["class_type"] == "StrettoCache":
             parts.append(_cache_label(inputs))
-        elif node["class_type"] in accelerators(api):
-            parts.append(node["class_type"].removeprefix(PREFIX))
+        elif node["class_type"] in accelerators({"": node}):
+            parts.append(_own_label(node))
     return " + ".join(parts) or fallback
