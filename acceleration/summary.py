@@ -18,12 +18,15 @@ from .figures import (
     strip,
     worst_layers,
 )
+from .frame_rate.schedule import FrameRateSchedule
 from .savings import CACHING, GUIDANCE, RESOLUTION, expected, savings, share_of_skipped
 
 #: A measured speed-up this far above the possible one has another cause.
 TOO_GOOD = 1.1
 #: What users call what a technique leaves out.
 WORK_OF = {RESOLUTION: "smaller stages", GUIDANCE: "guidance saved", CACHING: "steps skipped"}
+#: What the middle of a run on fewer latent frames does.
+MIDDLE = {"decode": "decoding", "choose": "choosing frames", "encode": "encoding"}
 NO_PLAIN = (
     "No plain run to compare with: queue the same workflow with the accelerating nodes bypassed (Stretto Measure stays), "
     "then this one again."
@@ -47,6 +50,7 @@ def summary(trace: Trace, plain: Trace | None = None) -> str:
         *_line(_changes(trace)),
         *_attention(trace),
         *_features(trace),
+        *_frame_rate(trace),
         *(f"{item['technique']}: {item['status']}. {item['reason']}" for item in trace["techniques"]),
         *trace["notes"],
         *(f"Advice: {words}" for words in advice(trace)),
@@ -93,6 +97,33 @@ def _features(trace: Trace) -> list[str]:
             f"{mebibytes(item['loaded_bytes'])} loaded; {item['computed']} computed, {item['reused']} looked up{left}; {exact}."
         )
     return lines
+
+
+def _frame_rate(trace: Trace) -> list[str]:
+    """Say what a shortened video kept, which layers knew its real places in time, and what came before this run."""
+    found = trace.get("frame_rate")
+    if not found:
+        return []
+    schedule = FrameRateSchedule.from_json(found["schedule"])
+    kept = f"{schedule.latents} of {schedule.full_latents} latent frames"
+    words = f"Frame rate: this run had {kept}, {schedule.ratio:.0%} of the tokens"
+    layers = found["global_layers"]
+    if found["positions_refused"]:
+        words += "; original places were not given to any layer: something else had changed the model's positions"
+    elif layers:
+        words += f"; {'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))} saw their original places in time"
+    else:
+        words += "; every layer saw them as neighbours"
+    return [f"{words}.", *_line(between_passes(trace))]
+
+
+def between_passes(trace: Trace) -> str:
+    """Return what the work between the two passes of a shortened video took, ``""`` where there was none or nobody told."""
+    seconds = (trace.get("frame_rate") or {}).get("seconds")
+    if not seconds:
+        return ""
+    parts = ", ".join(f"{MIDDLE.get(name, name)} {value:.2f} s" for name, value in seconds.items())
+    return f"Before these steps, not in the sampler's time: {parts}."
 
 
 def _strips(trace: Trace) -> list[str]:

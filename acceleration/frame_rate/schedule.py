@@ -157,7 +157,8 @@ class FrameRateSchedule:
 
     def words(self) -> str:
         """Return the schedule in a sentence."""
-        counts = ", ".join(f"{self.rates.count(rate)} at 1/{rate}" for rate in RATES if rate in self.rates)
+        named = {rate: "full rate" if rate == 1 else f"1/{rate}" for rate in RATES}
+        counts = ", ".join(f"{self.rates.count(rate)} at {named[rate]}" for rate in RATES if rate in self.rates)
         share = f"{self.latents} of {self.full_latents} latent frames ({self.ratio:.0%})"
         return f"{share} for {self.frames} frames" + (f"; after the first: {counts}" if counts else "")
 

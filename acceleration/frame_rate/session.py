@@ -20,11 +20,13 @@ class FrameRateSession:
         schedule: what every latent of the run stands for.
         layers: depths of the blocks that see original positions.
         network: whose part makes rotary tables.
+        seconds: what the work before this run took, by name; only reported.
     """
 
     schedule: FrameRateSchedule
     layers: frozenset[int]
     network: Any
+    seconds: dict[str, float] = field(default_factory=dict)
     section: str = "frame_rate"
     bytes: int = 0
     peak_bytes: int = 0
@@ -59,11 +61,12 @@ class FrameRateSession:
         self.bytes = 0
 
     def report(self) -> dict[str, Any]:
-        """Return the schedule and the global layers as JSON values."""
+        """Return the schedule, the global layers and seconds as JSON values."""
         return {
             "schedule": self.schedule.to_json(),
             "global_layers": sorted(self.layers),
             "positions_refused": self._refused,
+            "seconds": self.seconds,
         }
 
     def _moved(self, table: torch.Tensor, call: Call) -> torch.Tensor | None:

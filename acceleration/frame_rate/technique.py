@@ -16,7 +16,10 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class FrameRateTechnique:
-    """Settings: ``schedule`` (frame-rate-schedule@1) and ``layers``: ``"auto"`` or a list of global layers."""
+    """Settings: ``schedule`` (frame-rate-schedule@1) and ``layers``: ``"auto"`` or a list of global layers.
+
+    ``seconds`` of the work between both passes, by name, change nothing: the report tells them.
+    """
 
     name: str = "frame_rate"
     exclusive_with: frozenset[str] = frozenset({"frame_rate", "resolution", "profile", "module_profile"})
@@ -35,7 +38,7 @@ class FrameRateTechnique:
 
     def resolve(self, request: Request, facts: Facts) -> Outcome:
         """Return which layers see original positions under ``facts``."""
-        schedule, layers = _read(request)
+        schedule, layers, seconds = _read(request)
         if len(facts.latent_shape) != 5 or facts.latent_shape[2] != schedule.latents:
             raise StrettoError(
                 f"{NODE}: the model was prepared for {schedule.latents} latent frames ({schedule.check}) and is given a "
@@ -51,19 +54,19 @@ class FrameRateTechnique:
             reason = f"{type(facts.network).__name__} has no rotary positions that can be replaced"
         if reason is not None:  # still a valid pass: the latents follow each other closely
             return Outcome(self.name, REDUCED, f"{schedule.words()}; all layers see near positions: {reason}",
-                           session=FrameRateSession(schedule, frozenset(), facts.network))  # fmt: skip
+                           session=FrameRateSession(schedule, frozenset(), facts.network, seconds))  # fmt: skip
         if layers == AUTO:
             layers = PUBLISHED.get((type(facts.network).__name__, len(depths)), ())
         missing = [layer for layer in layers if layer not in depths]
         if missing:
             raise StrettoError(f"{NODE}: layers holds {missing[0]}; this model has layers 0 to {len(depths) - 1}")
         where = f"layers {', '.join(map(str, layers))} see original positions" if layers else "all layers see near positions"
-        session = FrameRateSession(schedule, frozenset(layers), facts.network)
+        session = FrameRateSession(schedule, frozenset(layers), facts.network, seconds)
         return Outcome(self.name, ACTIVE, f"{schedule.words()}; {where}", session=session, needs_blocks=bool(layers))
 
 
-def _read(request: Request) -> tuple[FrameRateSchedule, Any]:
-    unknown = sorted(set(request.settings) - {"schedule", "layers"})
+def _read(request: Request) -> tuple[FrameRateSchedule, Any, dict[str, float]]:
+    unknown = sorted(set(request.settings) - {"schedule", "layers", "seconds"})
     if unknown:
         raise StrettoError(f"{NODE}: unknown setting {unknown[0]!r}")
     layers = request.settings.get("layers", AUTO)
@@ -73,7 +76,8 @@ def _read(request: Request) -> tuple[FrameRateSchedule, Any]:
     if layers != AUTO and not whole:
         raise StrettoError(f"{NODE}: layers is {layers!r}; it must be auto, or whole numbers from 0")
     schedule = request.settings.get("schedule")
-    return FrameRateSchedule.from_json(dict(schedule) if schedule is not None else None), layers
+    seconds = dict(request.settings.get("seconds", {}))
+    return FrameRateSchedule.from_json(dict(schedule) if schedule is not None else None), layers, seconds
 
 
 def parse_layers(text: str) -> str | list[int]:

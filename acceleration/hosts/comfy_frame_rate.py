@@ -155,7 +155,8 @@ def prepare_second_pass(
     short = samples
     if not schedule.trivial:
         short = _timed(seconds, "encode", vae, lambda: DynamicRateVAE(vae, schedule).encode(pixels), clock)
-        model = host.request(model, Request("frame_rate", {"schedule": schedule.to_json(), "layers": settings.layers}))
+        wanted = {"schedule": schedule.to_json(), "layers": settings.layers, "seconds": dict(seconds)}
+        model = host.request(model, Request("frame_rate", wanted))
     latent = with_schedule({**predicted, "samples": short}, schedule)
     if mask is not None:
         latent["noise_mask"] = noise_mask_for(mask, schedule)
