@@ -182,7 +182,9 @@ def sample_dynamic(
     sampler = comfy.samplers.sampler_object(job.sampler_name)
     latent, noise = job.start(job.model, job.seed)
     reason = run_obstacle(job.model, job.positive, job.negative, {**job.latent, "samples": latent})
-    reason = reason or sampler_obstacle(host.sampler_traits(sampler))
+    obstacle = sampler_obstacle(host.sampler_traits(sampler))
+    if reason is None and obstacle is not None:  # here nothing is sampled plainly instead
+        reason = f"{obstacle.removesuffix(': plain sampling')}; use euler"
     if reason is None and (type(sampler) is not comfy.samplers.KSAMPLER or sampler.inpaint_options.get("random")):
         reason = f"the sampler {job.sampler_name} cannot be run in two parts: use euler"
     sigmas = job.sigmas()

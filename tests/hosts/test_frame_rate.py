@@ -240,7 +240,7 @@ def test_g12_refusals_name_the_reason(tiny, vae):
     assert "not a video" in run_obstacle(wanted.model, wanted.positive, wanted.negative, picture)
     with pytest.raises(StrettoError, match="euler"):
         sample_dynamic(job(tiny, sampler="ddim"), vae, DynamicSettings(0.6))
-    with pytest.raises(StrettoError, match="dpm_adaptive|picks its own"):
+    with pytest.raises(StrettoError, match="dpm_adaptive picks its own noise levels; use euler"):
         sample_dynamic(job(tiny, sampler="dpm_adaptive"), vae, DynamicSettings(0.6))
     with pytest.raises(StrettoError, match="two"):
         sample_dynamic(job(tiny, steps=1), vae, DynamicSettings(0.6))
