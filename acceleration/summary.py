@@ -89,6 +89,8 @@ def _features(trace: Trace) -> list[str]:
     if not section:
         return []
     lines = [f"Feature tables: {mebibytes(section['table_bytes'])} for {section['entries']} timesteps and prompts."]
+    if section.get("saved"):
+        lines.append(f"Saved table: {section['saved']}.")
     for item in section["components"]:
         left = f" ({item['left']} left as they were)" if item["left"] else ""
         exact = "equal to the bit" if item["exact"] else "rounded as one product rounds them"

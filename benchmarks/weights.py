@@ -5,6 +5,7 @@
 
 Parts: *table* builds published architectures on the meta device and counts what feature tables, vocabulary rows and published
 depth pruning leave out (16 bit a weight); *features* runs the demo models from the file and compares bytes and pictures;
+*saved* reads weights from a file and, in their place, a saved table, both after the file was dropped from memory;
 *vocabulary* looks rows up in a table of UMT5-XXL's size in a sparse file; *blocks* compares the probe's ranking of blocks with
 the damage of real runs.
 """
@@ -25,7 +26,7 @@ from pathlib import Path
 from overhead import ROOT, prepare
 
 RESULT = ROOT / "benchmarks" / "results" / "weights.json"
-PARTS = ("table", "features", "vocabulary", "blocks")
+PARTS = ("table", "features", "saved", "vocabulary", "blocks")
 GB = 1e9
 _FLUX = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 768, "context_in_dim": 4096,
@@ -198,6 +199,52 @@ def features() -> list[dict]:
         say(f"demo {which}: loaded {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB, tables {section['table_bytes'] / 1e6:.2f} MB, "
             f"equal to the bit: {equal}; seconds {rows[-1]['seconds']}")  # fmt: skip
     return rows
+
+
+def saved() -> dict:
+    """What the first run after a restart reads: eight of Qwen-Image's 120 modulations (0.9 GB), or their table of 20 steps."""
+    import torch
+    from safetensors.torch import save_file
+
+    from stretto.acceleration.embeddings.rows import FileRows
+    from stretto.acceleration.temporal_features.saved import UNCHANGED, identity, read_tables, write_tables
+    from stretto.acceleration.temporal_features.tables import FeatureTables
+
+    device, layers, tables = torch.device("cpu"), {}, FeatureTables()
+    seconds: dict[str, list[float]] = {"weights": [], "table": []}
+    with tempfile.TemporaryDirectory(dir=ROOT / ".cache" if (ROOT / ".cache").is_dir() else None) as folder:
+        path, saved_path = Path(folder) / "weights.safetensors", Path(folder) / "table.safetensors"
+        save_file({f"{i}.weight": torch.randn(18432, 3072).bfloat16() for i in range(8)}, path)
+        for i in range(8):
+            layers[str(i)] = layer = torch.nn.Linear(1, 1)
+            layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+            layer.stretto_source = FileRows.open(path, f"{i}.weight")
+            for step in range(20):
+                tables.keep((UNCHANGED, bytes([step]) * 32), str(i), torch.randn(2, 1, 18432).bfloat16())
+        write_tables(saved_path, identity("", "exact", layers, device), layers, tables)
+        for _ in range(5):
+            _drop(path)
+            begun = time.perf_counter()
+            for layer in layers.values():
+                layer.stretto_source.whole()
+            seconds["weights"].append(time.perf_counter() - begun)
+            _drop(path, saved_path)
+            begun = time.perf_counter()
+            read_tables(saved_path, identity("", "exact", layers, device), layers)
+            seconds["table"].append(time.perf_counter() - begun)
+        found = {"weight_bytes": path.stat().st_size, "table_bytes": saved_path.stat().st_size, "seconds": seconds}
+    weights, table_ = (statistics.median(seconds[name]) for name in ("weights", "table"))
+    say(f"after a restart: {found['weight_bytes'] / GB:.2f} GB of weights in {weights:.2f} s, their table in {table_:.2f} s")
+    return found
+
+
+def _drop(*paths: Path) -> None:
+    """Drop files from the memory of the operating system."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
 
 
 def _sampling_like(model, other):

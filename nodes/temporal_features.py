@@ -1,10 +1,14 @@
 """Temporal and prompt features."""
 
+from pathlib import Path
+
+import folder_paths
 from comfy_api.latest import io
 
 from ..acceleration.hosts import comfy as host
 from ..acceleration.plan import Request
 from ..acceleration.temporal_features.session import EXACT, MODES
+from .inputs import ADVANCED
 
 
 class StrettoTemporalFeatureCache(io.ComfyNode):
@@ -38,11 +42,20 @@ class StrettoTemporalFeatureCache(io.ComfyNode):
                     default=False,
                     tooltip="Stop with an error instead of sampling plainly when the model has no such layers.",
                 ),
+                io.Boolean.Input(
+                    "save_tables",
+                    default=False,
+                    tooltip="Keep modulations in a file in ComfyUI's user folder (stretto/temporal_features), so that after a "
+                    "restart their weights are not read again for timesteps, guidance and pooled text that were there before.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[io.Model.Output(display_name="model")],
         )
 
     @classmethod
-    def execute(cls, model, mode: str, prompt_features: bool, required: bool) -> io.NodeOutput:
+    def execute(cls, model, mode: str, prompt_features: bool, required: bool, save_tables: bool = False) -> io.NodeOutput:
         settings = {"mode": mode, "prompt": prompt_features}
+        if save_tables:
+            settings["folder"] = str(Path(folder_paths.get_user_directory()) / "stretto" / "temporal_features")
         return io.NodeOutput(host.request(model, Request("temporal_features", settings, required=required)))

@@ -92,10 +92,11 @@ class FileRows:
 
     def whole(self) -> torch.Tensor:
         """Return all rows; raises as :meth:`gather`."""
-        self._require_same()
+        self.require_same()
         return FileTensor(self.file, self.entry).read()
 
-    def _require_same(self) -> None:
+    def require_same(self) -> None:
+        """Raise :class:`~..errors.StrettoError` if the file is not the one that was opened any more."""
         if _identity(self.file.path) != self.identity:
             raise StrettoError(
                 f"{self.file.path}: was changed, replaced or removed after the model was loaded, and parts of it are read when "
@@ -108,7 +109,7 @@ class FileRows:
         Raises:
             StrettoError: the file is not the one that was opened any more.
         """
-        self._require_same()
+        self.require_same()
         stride = self.shape[1] * self.dtype.itemsize
         made = torch.empty(len(ids), stride, dtype=torch.uint8)
         wanted, first = ids.tolist(), 0

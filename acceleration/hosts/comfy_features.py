@@ -1,6 +1,6 @@
 """Temporal and prompt features in ComfyUI: object patches that look them up, and Linears whose weight stays in its file."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from ..errors import StrettoError
 from ..evaluation import Call
 from ..models import describe
 from ..plan import Plan
+from ..temporal_features.saved import UNCHANGED
 from ..temporal_features.session import FEATURES, MODULATION, PROMPT, FeaturePart
 from ..temporal_features.tables import FeatureTables
 from ..temporal_features.technique import prompt_paths
@@ -53,12 +54,16 @@ def reach_features(clone: Any, plan: Plan, current: Callable[[], Call | None]) -
             clone.add_object_patch(name, FeaturePatch(part, original, current))
 
 
-def weights_identity(model: Any) -> tuple:
-    """Identify LoRAs, and modules that others have patched: another network under the same names."""
+def weights_identity(model: Any) -> Hashable:
+    """Identify LoRAs, and modules that others have patched: another network under the same names. Without any: the file's own."""
     patcher = getattr(model, "current_patcher", None)
     patched = getattr(patcher, "object_patches", {})
-    foreign = ((name, id(patch)) for name, patch in patched.items() if not type(patch).__module__.startswith(__package__))
-    return getattr(patcher, "patches_uuid", None), tuple(sorted(foreign))
+    foreign = (
+        (name, id(patch)) for name, patch in patched.items()
+        if name.startswith("diffusion_model") and not type(patch).__module__.startswith(__package__)
+    )  # fmt: skip
+    found = tuple(sorted(foreign))
+    return (getattr(patcher, "patches_uuid", None), found) if found or getattr(patcher, "patches", True) else UNCHANGED[0]
 
 
 class _Rehearsed(Exception):

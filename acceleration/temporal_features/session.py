@@ -9,6 +9,7 @@ import torch
 
 from ..evaluation import Call, Evaluation
 from ..models import BlockSite
+from .saved import SavedTables
 from .tables import FeatureTables, each, fingerprint
 
 #: Where a call's scratch holds its :class:`FeaturePass`.
@@ -58,6 +59,7 @@ class FeatureSession:
         prompt: whether prompt features are kept too.
         budget_bytes: most that the model's tables may take.
         sizes: component -> (layers, bytes of their weights, bytes of these that are loaded).
+        saved: file of modulations; None for none.
     """
 
     levels: tuple[float, ...]
@@ -66,6 +68,7 @@ class FeatureSession:
     prompt: bool
     budget_bytes: int
     sizes: dict[str, tuple[int, int, int]]
+    saved: SavedTables | None = None
     section: str = "features"
     peak_bytes: int = 0
     counts: dict[str, Counts] = field(default_factory=lambda: {name: Counts() for name in COMPONENTS})
@@ -114,6 +117,7 @@ class FeatureSession:
             "mode": self.mode,
             "table_bytes": self.bytes,
             "entries": len(kept),
+            "saved": self.saved.words if self.saved else "",
             "components": [
                 {
                     "name": name, "layers": layers, "weight_bytes": weights, "loaded_bytes": loaded,
@@ -126,7 +130,9 @@ class FeatureSession:
         }  # fmt: skip
 
     def close(self) -> None:
-        """The tables stay with the model; the run lets go of them."""
+        """The tables stay with the model, and in their file what is new; the run lets go of them."""
+        if self.saved and self._tables and self.counts[MODULATION].computed:
+            self.saved.save(self._tables)
         self._tables = None
 
 
@@ -149,6 +155,9 @@ class FeaturePass:
             counts.left += 1
             return layer(given)
         key = self._weights, self._print(given)
+        if session.saved and part.component == MODULATION:
+            session.used(part.tables)
+            session.saved.open(part.tables, self._weights, given.device)
         found = part.tables.find(key, part.path)
         if found is not None:
             counts.reused += 1

@@ -4,6 +4,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,11 +47,13 @@ class FeatureTables:
         entries: (weights, fingerprint of what the layers were given) -> features.
         bytes: of all of them.
         budget_bytes: most that they may take.
+        origin: the file that they were read from, or are written to.
     """
 
     entries: OrderedDict[Hashable, Features] = field(default_factory=OrderedDict)
     bytes: int = 0
     budget_bytes: int = 1 << 30
+    origin: Path | None = None
 
     def find(self, key: Hashable, layer: str) -> Any | None:
         """Return a copy of what ``layer`` returned (the network may write into it), None where that is not known."""

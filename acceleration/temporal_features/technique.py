@@ -1,11 +1,13 @@
 """Temporal features as the resolver sees them: which layers depend on the timestep or the prompt alone?"""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import StrettoError
 from ..facts import ACTIVE, OFF, Facts, Outcome
 from ..plan import Request
+from .saved import SavedTables
 from .session import EXACT, MODES, MODULATION, PROMPT, FeatureSession
 
 NODE = "Stretto Temporal Feature Cache"
@@ -17,7 +19,8 @@ LEAST_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class TemporalTechnique:
-    """Tables instead of modulations and of the prompt's keys and values. Settings: ``mode``, ``prompt``."""
+    """Tables instead of modulations and of the prompt's keys and values. Settings: ``mode``, ``prompt``,
+    ``folder`` (where tables are saved)."""
 
     name: str = "temporal_features"
     exclusive_with: frozenset[str] = frozenset({"temporal_features"})
@@ -28,9 +31,9 @@ class TemporalTechnique:
 
     def validate(self, request: Request) -> None:
         """Raise :class:`~..errors.StrettoError` for settings that cannot work."""
-        unknown = sorted(set(request.settings) - {"mode", "prompt"})
+        unknown = sorted(set(request.settings) - {"mode", "prompt", "folder"})
         if unknown:
-            raise StrettoError(f"{NODE}: unknown settings {', '.join(unknown)}; known are mode and prompt")
+            raise StrettoError(f"{NODE}: unknown settings {', '.join(unknown)}; known are mode, prompt and folder")
         mode = request.settings.get("mode", EXACT)
         if mode not in MODES:
             raise StrettoError(f"{NODE}: mode is {mode!r}; known modes: {', '.join(MODES)}")
@@ -51,9 +54,12 @@ class TemporalTechnique:
             return Outcome(self.name, OFF, f"{reason}, as far as tables reach: nothing to keep")
         sizes = {MODULATION: _sizes(facts.network, modulations), PROMPT: _sizes(facts.network, texts)}
         levels = tuple(level for level in facts.schedule.sigmas if level > 0)
-        session = FeatureSession(
-            levels, mode, bool(modulations), prompt, max(int(MEMORY_SHARE * facts.free_bytes), LEAST_BYTES), sizes
-        )
+        folder, saved = request.settings.get("folder"), None
+        if folder and modulations:
+            layers = {path: facts.network.get_submodule(path) for path in modulations}
+            saved = SavedTables(Path(folder), facts.descriptor.family, mode, layers)
+        budget = max(int(MEMORY_SHARE * facts.free_bytes), LEAST_BYTES)
+        session = FeatureSession(levels, mode, bool(modulations), prompt, budget, sizes, saved)
         rows = facts.latent_shape[0] * facts.branches * facts.element_bytes
         needed = rows * (
             len(levels) * _width(facts.network, modulations)
