@@ -1,8 +1,8 @@
 """Stretto's command line: measure accelerated workflows, open the panel, and make quantized checkpoints.
 
 `compare` and `panel` run in the panel's environment (requirements-panel.txt), without torch; a ComfyUI server does the work.
-`quantize`, `inspect`, `verify`, `transcode`, `combine` and `prune-depth` work on files and run in ComfyUI's environment (torch),
-without a server.
+`quantize`, `inspect`, `verify`, `transcode`, `combine`, `combine-search` and `prune-depth` work on files and run in ComfyUI's
+environment (torch), without a server.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_transcode(commands)
     _add_combine(commands)
+    _add_combine_search(commands)
     _add_prune(commands)
     return parser
 
@@ -254,7 +255,7 @@ _COMBINE_EXAMPLES = """\
 examples:
   python cli.py combine epoch-08.safetensors epoch-10.safetensors --weights -0.4 1.4 --out best.safetensors
   python cli.py combine lora-*.safetensors --out mean.safetensors      LoRA epochs: the mean of what they add
-The search for weights is acceleration/weights/search.py; benchmarks/checkpoint_combination.py shows it at work.
+combine-search finds the weights, by a metric of yours.
 """
 
 
@@ -275,6 +276,54 @@ def _add_combine(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--any-sum", action="store_true", help="allow weights of checkpoints that do not add up to 1")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
     command.add_argument("--replace", action="store_true", help="write over that file if it exists")
+    command.set_defaults(handler=run_file_command, files_only=True)
+
+
+_SEARCH_EXAMPLES = """\
+The metric command is run once per evaluation, without a shell. {file} in it becomes the path of a combination (without {file} the
+path comes last), and the last word that it prints is the metric: lower is better, unless --maximize. For example a script that
+loads the file, computes a loss on pictures that were not trained on, with fixed noise, and prints it. Keep other pictures for the
+final judgement: a search finds what is good on the pictures it is shown.
+
+Every evaluation is kept at once. After Ctrl-C, an error or a power cut the same command goes on where it was.
+
+examples:
+  python cli.py combine-search epoch-*.safetensors --metric "python loss.py --weights {file}" --out best.safetensors
+  python cli.py combine-search lora-*.safetensors --metric ./score.sh --maximize --out best-lora.safetensors --curve curve.svg
+"""
+
+
+def _add_combine_search(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "combine-search",
+        help="find the weights for combine by a metric of yours",
+        description="Evolutionary search for signed weights with sum 1 (LCSC): each file alone, their means, then generations "
+        "drawn around the best so far. Writes the best combination. Files are to be given in the order of training.",
+        epilog=_SEARCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("files", type=Path, nargs="+", help="safetensors files of one training, 16 or 32 bit")
+    command.add_argument("--metric", required=True, metavar="COMMAND", help="prints a number for a file; see below")
+    command.add_argument("--maximize", action="store_true", help="a higher metric is better")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+    command.add_argument("--replace", action="store_true", help="write over that file if it exists")
+    command.add_argument(
+        "--keep", type=Path, metavar="FILE", help="JSON of all evaluations and their curve (default: OUT.search.json)"
+    )
+    command.add_argument("--curve", type=Path, metavar="FILE", help="draw the best metric after each evaluation, as SVG")
+    command.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="folder for the file that is measured (default: that of OUT)"
+    )
+    command.add_argument(
+        "--generations", type=_positive, default=12, metavar="N", help="rounds after the first (default: %(default)s)"
+    )
+    command.add_argument(
+        "--population", type=_positive, default=12, metavar="N", help="evaluations a round (default: %(default)s)"
+    )
+    command.add_argument(
+        "--spread", type=float, default=0.15, metavar="S", help="how far weights are varied at first (default: %(default)s)"
+    )
+    command.add_argument("--seed", type=_count, default=0, metavar="S", help="of the drawing (default: %(default)s)")
     command.set_defaults(handler=run_file_command, files_only=True)
 
 
@@ -390,13 +439,14 @@ def run_file_command(args: argparse.Namespace) -> int:
         from stretto.acceleration.errors import StrettoError
         from stretto.acceleration.quantization import command_line
         from stretto.acceleration.weights import command_line as weights
+        from stretto.acceleration.weights.search_command import run_search
     except ModuleNotFoundError as error:
         print(f"stretto: the package {error.name!r} is missing; run this with ComfyUI's Python", file=sys.stderr)
         return USAGE_ERROR
     if "format" in args and args.target is None:
         args.target = command_line.target_for(args.source, args.format or "int8")
     handlers = {"inspect": command_line.run_inspect, "verify": command_line.run_verify}
-    handlers |= {"combine": weights.run_combine, "prune-depth": weights.run_prune}
+    handlers |= {"combine": weights.run_combine, "prune-depth": weights.run_prune, "combine-search": run_search}
     bar = _Bar()
     if "workers" in args:
         torch.set_num_threads(1)  # layers run side by side instead

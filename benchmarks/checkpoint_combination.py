@@ -129,7 +129,7 @@ def main() -> None:
     train.load_part("comfy_setup").start_comfy(args.comfyui, "cpu")
     load_pack()
     from stretto.acceleration.weights.combining import open_combination, weighted, write_combination
-    from stretto.acceleration.weights.search import Search, SearchSettings
+    from stretto.acceleration.weights.search import Search, SearchSettings, usual_starts
 
     transformer, latents, (one, other), model, text = prepare(args, train)
     before = transformer.evaluate(model.eval(), text, *other)
@@ -156,12 +156,11 @@ def main() -> None:
         }
 
     count = len(paths)
-    weights = [0.8 ** (count - 1 - index) for index in range(count)]
-    start = [[0.0] * (count // 2) + [2 / count] * (count - count // 2), [w / sum(weights) for w in weights]]
+    start = usual_starts(count)
     search = Search.open(
         count, SearchSettings(args.generations, args.population, spread=0.15), args.work / "search.json"
     )
-    total, clock = count + 3 + args.generations * args.population, time.monotonic()
+    total, clock = search.total(start), time.monotonic()
 
     def metric(point):
         found = loss_of(combined(point), one)

@@ -54,15 +54,19 @@ class Search:
         settings: see there.
         points: (coefficients, metric) in the order of evaluation; lower is better.
         path: file that it is kept in; None for none.
+        subject: what is combined and how it is measured, in words; a search goes on with the same only.
     """
 
     count: int
     settings: SearchSettings
     points: list[tuple[tuple[float, ...], float]]
     path: Path | None = None
+    subject: Sequence[str] = ()
 
     @classmethod
-    def open(cls, count: int, settings: SearchSettings, path: str | Path | None = None) -> "Search":
+    def open(
+        cls, count: int, settings: SearchSettings, path: str | Path | None = None, subject: Sequence[str] = ()
+    ) -> "Search":
         """Start a search, or go on with the one in ``path``.
 
         Raises:
@@ -70,16 +74,20 @@ class Search:
         """
         path = None if path is None else Path(path)
         if path is None or not path.exists():
-            return cls(count, settings, [], path)
+            return cls(count, settings, [], path, subject)
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             told = (document["format"], document["count"], document["settings"])
+            about = document.get("subject", [])
             points = [(tuple(map(float, point)), float(metric)) for point, metric in document["points"]]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise StrettoError(f"{path}: not a search that can be continued ({str(error)[:80]})") from None
         if told != (FORMAT, count, vars(settings)) or any(len(point) != count for point, _ in points):
             raise StrettoError(f"{path}: another search ({told[1]} checkpoints, {told[2]}); name another file")
-        return cls(count, settings, points, path)
+        if about != list(subject):
+            changed = [word for word in subject if word not in about] or about
+            raise StrettoError(f"{path}: a search of other files or another metric ({changed[0]!r:.80}); name another file")
+        return cls(count, settings, points, path, subject)
 
     @property
     def best(self) -> tuple[tuple[float, ...], float]:
@@ -90,6 +98,10 @@ class Search:
     def curve(self) -> list[float]:
         """Best metric after each evaluation."""
         return np.minimum.accumulate([metric for _, metric in self.points]).tolist() if self.points else []
+
+    def total(self, start: Sequence[Sequence[float]] = ()) -> int:
+        """How many evaluations :meth:`run` makes from the beginning to the end."""
+        return self.count + 1 + len(start) + self.settings.generations * self.settings.population
 
     def run(self, evaluate: Evaluate, start: Sequence[Sequence[float]] = ()) -> tuple[tuple[float, ...], float]:
         """Evaluate the starting points (each checkpoint alone, their mean, and ``start``), then the generations.
@@ -132,6 +144,7 @@ class Search:
         if self.path is None:
             return
         document = {"format": FORMAT, "count": self.count, "settings": vars(self.settings), "points": self.points}
+        document |= {"subject": list(self.subject), "curve": self.curve}
         temporary = self.path.with_name(f".{self.path.name}.part")
         try:
             temporary.write_text(json.dumps(document), encoding="utf-8")
@@ -139,3 +152,9 @@ class Search:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise StrettoError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+
+def usual_starts(count: int) -> list[list[float]]:
+    """Return the mean of the later half and a moving average: points worth a look in files that are in order of training."""
+    weights = [0.8 ** (count - 1 - index) for index in range(count)]
+    return [[0.0] * (count // 2) + [1 / (count - count // 2)] * (count - count // 2), [w / sum(weights) for w in weights]]

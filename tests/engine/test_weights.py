@@ -280,7 +280,8 @@ def test_files_and_loras_are_pruned_block_by_block(tmp_path, monkeypatch):
     assert (tmp_path / "wan.safetensors").read_bytes() == source
 
 
-def test_the_command_line_combines_and_prunes(tmp_path, capsys):
+def command_line():
+    """cli.py as a module."""
     spec = importlib.util.spec_from_file_location("stretto_cli_of_weights", ROOT / "cli.py")
     cli = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(ROOT))
@@ -288,6 +289,11 @@ def test_the_command_line_combines_and_prunes(tmp_path, capsys):
         spec.loader.exec_module(cli)
     finally:
         sys.path.remove(str(ROOT))
+    return cli
+
+
+def test_the_command_line_combines_and_prunes(tmp_path, capsys):
+    cli = command_line()
     paths = [str(path) for path in files(tmp_path, 2)]
     out = str(tmp_path / "made.safetensors")
     assert cli.main(["combine", *paths, "--weights", "1.5", "-0.5", "--out", out]) == 0
@@ -302,3 +308,93 @@ def test_the_command_line_combines_and_prunes(tmp_path, capsys):
     for bad in ([], ["--drop", "9"], ["--preset", "x"], ["--drop", "1", "--preset", "ppcl-qwen-image"]):
         assert cli.main(["prune-depth", str(tmp_path / "wan.safetensors"), *bad]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+#: Prints how far the tensor "scalar" is from -0.25; needs Python alone, and can be told to fail at one evaluation.
+METRIC = """
+import json, pathlib, struct, sys
+path, log = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+log.write_text((log.read_text() if log.exists() else "") + ".")
+if len(log.read_text()) == int(sys.argv[3]):
+    sys.exit("out of memory")
+raw = path.read_bytes()
+size = struct.unpack("<Q", raw[:8])[0]
+begin, end = json.loads(raw[8 : 8 + size])["scalar"]["data_offsets"]
+print("loss", abs(struct.unpack("<f", raw[8 + size + begin : 8 + size + end])[0] + 0.25))
+"""
+
+
+def searching(tmp_path, name, fail=0, **options):
+    script = tmp_path / "metric.py"
+    script.write_text(METRIC)
+    metric = f"{sys.executable} -S {script} {{file}} {tmp_path / name}.log {fail}"
+    settings = {"metric": metric, "generations": 3, "population": 4, "out": tmp_path / f"{name}.safetensors", **options}
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def test_the_command_line_searches_with_a_command_and_goes_on_after_a_failure(tmp_path, capsys):
+    cli, paths = command_line(), files(tmp_path, 3)
+    before = [path.read_bytes() for path in paths]
+    names = [str(path) for path in paths]
+    options = searching(tmp_path, "one", fail=9, curve=tmp_path / "curve.svg")
+    assert cli.main(["combine-search", *names, *options]) == 2
+    told = capsys.readouterr()
+    assert "status 1: out of memory" in told.err and "Traceback" not in told.err
+    assert not (tmp_path / "one.safetensors").exists()
+    document = json.loads((tmp_path / "one.search.json").read_text())
+    assert len(document["points"]) == len(document["curve"]) == 8
+    assert cli.main(["combine-search", *names, *options]) == 0
+    told = capsys.readouterr()
+    assert "18 evaluations, 8 known" in told.out and len((tmp_path / "one.log").read_text()) == 19
+    assert cli.main(["combine-search", *names, *searching(tmp_path, "two")]) == 0
+    one, two = (json.loads((tmp_path / f"{name}.search.json").read_text()) for name in ("one", "two"))
+    assert one["points"] == two["points"] and one["curve"][-1] < min(value for _, value in one["points"][:6])
+    best = min(one["points"], key=lambda item: item[1])
+    made = load_file(tmp_path / "one.safetensors")
+    assert abs(float(made["scalar"]) + 0.25) == pytest.approx(best[1], abs=1e-6)
+    assert bits(made) == bits(combine(paths, best[0], tmp_path / "same.safetensors"))
+    assert "polyline" in (tmp_path / "curve.svg").read_text() and before == [path.read_bytes() for path in paths]
+    assert not list(tmp_path.glob(".combine-search-*"))
+
+
+def test_a_higher_metric_can_be_the_better_one(tmp_path, capsys):
+    names = [str(path) for path in files(tmp_path, 3)]
+    options = searching(tmp_path, "up", generations=1)
+    assert command_line().main(["combine-search", *names, *options, "--maximize"]) == 0
+    # Away from -0.25 as far as a generation gets; the last file alone has 2.75.
+    assert "the best single file has 2.75" in capsys.readouterr().out
+    assert float(load_file(tmp_path / "up.safetensors")["scalar"]) >= 2.5
+
+
+def test_mistakes_with_a_metric_command_are_named(tmp_path, capsys, monkeypatch):
+    cli, names = command_line(), [str(path) for path in files(tmp_path, 3)]
+    python = f"{sys.executable} -S -c"
+    for metric, words in {
+        "": "--metric is empty",
+        "'open": "a quotation mark is open",
+        "/no/such/program": "'/no/such/program' cannot be run",
+        f"{python} pass": "it printed nothing",
+        f"{python} 'print(\"good\")'": "it printed 'good'",
+    }.items():
+        assert cli.main(["combine-search", *names, *searching(tmp_path, "bad", metric=metric)]) == 2
+        told = capsys.readouterr().err
+        assert words in told and "Traceback" not in told
+    assert cli.main(["combine-search", names[0], *searching(tmp_path, "bad")]) == 2
+    assert "name at least two" in capsys.readouterr().err
+    assert cli.main(["combine-search", *names, *searching(tmp_path, "bad", scratch=tmp_path / "no")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    # A search belongs to its files and its metric.
+    keep = {"keep": tmp_path / "keep.json", "generations": 1, "population": 1}
+    assert cli.main(["combine-search", *names[:2], *searching(tmp_path, "first", **keep)]) == 0
+    (tmp_path / "first.safetensors").write_bytes(b"mine")
+    assert cli.main(["combine-search", *names[:2], *searching(tmp_path, "first", **keep)]) == 2
+    assert "exists already" in capsys.readouterr().err and (tmp_path / "first.safetensors").read_bytes() == b"mine"
+    assert cli.main(["combine-search", *names[1:], *searching(tmp_path, "second", **keep)]) == 2
+    assert "a search of other files or another metric" in capsys.readouterr().err
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stretto.acceleration.weights.search_command.subprocess.run", stopped)
+    assert cli.main(["combine-search", *names, *searching(tmp_path, "stop")]) == 130
+    assert "goes on from there" in capsys.readouterr().out
