@@ -12,9 +12,13 @@ from ..acceleration.summary import summary
 from .attention_map import attention_map
 from .attention_modes import attention_modes
 from .charts import as_image
+from .feature_bytes import feature_bytes
 from .frame_rate_map import frame_rate_map
 from .region_map import region_map
 from .timeline import stacked, timeline
+
+#: What is drawn below the timeline, where a run has something to show.
+DRAWINGS = (attention_modes, attention_map, region_map, frame_rate_map, feature_bytes)
 
 
 class StrettoReport(io.ComfyNode):
@@ -45,8 +49,8 @@ class StrettoReport(io.ComfyNode):
         trace, note = _find(cls.hidden.prompt or {}, str(cls.hidden.unique_id))
         plain = plain_run(trace, TRACES.all())
         text = "\n".join(filter(None, (note, summary(trace, plain))))
-        maps = (attention_modes(trace), attention_map(trace), region_map(trace), frame_rate_map(trace))
-        picture = as_image(stacked(timeline(trace, plain), *maps))
+        below = (draw(trace) for draw in DRAWINGS)
+        picture = as_image(stacked(timeline(trace, plain), *below))
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
         return io.NodeOutput(picture, text, json.dumps(trace), ui={**shown, "text": (text,)})
 
