@@ -67,8 +67,11 @@ def test_combined_models_load_and_the_node_makes_the_same(tmp_path, monkeypatch)
     from_file = sampled(comfy.sd.load_diffusion_model(str(tmp_path / "c.safetensors")))
     (made,) = StrettoCombineWeights.execute("1.5 a.safetensors\n -0.5  b.safetensors\n").args
     assert torch.equal(from_file, sampled(made))
-    (same,) = StrettoCombineWeights.execute("1 a.safetensors\n0 b.safetensors").args
-    assert torch.equal(sampled(same), sampled(comfy.sd.load_diffusion_model(str(IMAGE))))
+    plain = sampled(comfy.sd.load_diffusion_model(str(IMAGE)))
+    # One file alone, and the shipped workflow: one file, 1.5 times and -0.5 times.
+    for text in ("1 a.safetensors\n0 b.safetensors", "1.5 a.safetensors\n-0.5 a.safetensors"):
+        (same,) = StrettoCombineWeights.execute(text).args
+        assert torch.equal(sampled(same), plain)
     bad = {"a.safetensors": "no weight and file", "": "no files are named", "1 gone.safetensors": "in none of"}
     for text, words in bad.items():
         with pytest.raises(StrettoError, match=words):

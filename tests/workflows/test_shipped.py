@@ -125,6 +125,8 @@ def test_an_accelerated_workflow_is_the_plain_one_and_a_cache(medium, kind, obje
 def test_the_text_is_made_for_the_model_it_goes_to(shipped):
     loaders = ("UNETLoader", "StrettoLoadDiffusionModel")
     models = {node["widgets_values"][0] for node in shipped["nodes"] if node["type"] in loaders}
+    combined = [node["widgets_values"][0] for node in shipped["nodes"] if node["type"] == "StrettoCombineWeights"]
+    models |= {line.split()[1] for text in combined for line in text.splitlines()}
     texts = [node["widgets_values"] for node in shipped["nodes"] if node["type"] == "StrettoDemoText"]
     assert {f"stretto-demo-{model}.safetensors" for _, model in texts} == models and len(texts) == 2
 
