@@ -23,7 +23,7 @@ from overhead import ROOT, prepare
 
 FRAMES, SEED = 5, 2000
 #: Plans that are tried, each with so many seeds beside the probe's.
-TRIES, EXTRA_SEEDS = 4, 1
+TRIES, EXTRA_SEEDS = 3, 1
 #: (share of the blocks, share of the steps that stay dense) of sparse attention with one setting for all.
 UNIFORM = ((0.5, 0.2), (0.5, 0.5), (0.25, 0.2), (0.25, 0.5), (0.1, 0.5))
 SCHEDULES = (("DiTFastAttn", 0.25), ("Re-ttention", 0.03125), ("Re-ttention, rho only", 0.25), ("Re-ttention, routed", 0.25))
@@ -101,14 +101,14 @@ def find(runs: Runs, methods: list[str], prompt: str, target: float, block: int,
     return found
 
 
-def arms_of(plans: dict[str, str], block: int, steps: int, uniform: bool) -> dict:
+def arms_of(plans: dict[str, str], block: int, steps: int, uniform: bool, schedules: bool) -> dict:
     """Request and number of steps of every arm."""
     from stretto.acceleration.plan import Request
 
     arms: dict = {"plain": (Request("measure"), None)}
     for share in (0.9, 0.75, 0.6):
         arms[f"{round(steps * share)} steps"] = (Request("measure"), round(steps * share))
-    for name, keep in SCHEDULES:
+    for name, keep in SCHEDULES if schedules else ():
         settings = {"schedule": name, "min_tokens": 0, "compare": False, "keep": keep}
         arms[name] = (Request("attention_plan", settings, required=True), None)
     for keep, dense in UNIFORM if uniform else ():
@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["Budgets", "DiTFastAttn", "DiTFastAttnV2", "Sparse-vDiT", "Re-ttention"])
     parser.add_argument("--count", type=int, default=3, help="held-out prompts")
     parser.add_argument("--uniform", action="store_true", help="also sparse attention with one setting for all heads")
+    parser.add_argument("--no-schedules", action="store_true", help="leave published schedules out")
     parser.add_argument("--save", type=Path, help="folder for the plans")
     args = parser.parse_args()
     prepare(ROOT / ".comfyui")
@@ -180,7 +181,7 @@ def main() -> None:
             if "plan" in row:
                 files[method] = str(Path(folder) / f"{method}.safetensors")
                 save_plan(files[method], row.pop("plan"))
-        rows = measure(runs, arms_of(files, block, args.steps, args.uniform), prompts[1 : 1 + args.count])
+        rows = measure(runs, arms_of(files, block, args.steps, args.uniform, not args.no_schedules), prompts[1 : 1 + args.count])
     print(table(rows))
     path = RESULTS / "attention-search.json"
     document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

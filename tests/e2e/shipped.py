@@ -8,9 +8,11 @@ ROOT = Path(__file__).resolve().parents[2]
 MEDIA = ("image", "video")
 KINDS = ("plain", "taylor", "easycache", "fitted")
 ACCELERATED = KINDS[1:]
-#: Workflows that the tests of the kinds leave out, by name.
+#: Workflows that the tests of the kinds leave out, by name. Calibrating takes dozens of runs; test_calibrate does it in short.
 OTHERS = sorted(
-    {path.stem for path in (ROOT / "workflows").glob("*.json")} - {f"demo-{medium}-{kind}" for medium in MEDIA for kind in KINDS}
+    {path.stem for path in (ROOT / "workflows").glob("*.json")}
+    - {f"demo-{medium}-{kind}" for medium in MEDIA for kind in KINDS}
+    - {"demo-image-calibrate"}
 )
 
 
