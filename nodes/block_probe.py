@@ -1,6 +1,5 @@
 """Which blocks a model can do without."""
 
-import comfy.samplers
 from comfy_api.latest import io, ui
 
 from ..acceleration.hosts.comfy_block_probe import probe_blocks
@@ -8,7 +7,7 @@ from ..acceleration.hosts.comfy_sampling import SamplingJob
 from ..acceleration.models import describe
 from ..acceleration.weights.block_probe import DROP, MOST_PROBES, REUSE, Ranking
 from .charts import BLUE, ORANGE, Chart, Series, as_image, draw_charts
-from .inputs import ADVANCED
+from .inputs import ADVANCED, sampling_inputs
 
 
 class StrettoBlockProbe(io.ComfyNode):
@@ -23,19 +22,7 @@ class StrettoBlockProbe(io.ComfyNode):
             description="Samples once and, at a few steps, leaves out every block once and reuses it once. Ranks blocks by what "
             "that does to the network's output, and writes a schedule that reuses the cheapest and a list to prune.",
             inputs=[
-                io.Model.Input("model", tooltip="The model, with its LoRAs and without anything that skips steps."),
-                io.Conditioning.Input("positive", tooltip="A prompt like those you mean to use."),
-                io.Conditioning.Input("negative", tooltip="As for KSampler."),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Seed of the noise."),
-                io.Int.Input("steps", default=28, min=2, max=256, tooltip="Steps of the runs you mean to accelerate."),
-                io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale."),
-                io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="As for KSampler."
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="As for KSampler."
-                ),
+                *sampling_inputs(least_steps=2, denoise=False),
                 io.Int.Input(
                     "count",
                     default=4,
