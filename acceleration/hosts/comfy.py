@@ -31,12 +31,12 @@ from ..sampling import SamplerTraits, schedule_of, traits_of
 from ..temporal_features.session import FeatureSession
 from ..trace import TraceBuilder
 from .comfy_attention import attend_with
-from .comfy_device import clock_for, peak_memory, start_peak_memory, synchronize
 from .comfy_features import reach_features, rehearsal, weights_identity
 from .comfy_guidance import save_guidance
 from .comfy_modules import layout, modules_in_place, reach_modules, skip_hollow_attention
 from .comfy_region import reach_blocks, with_kept_keys
 from .comfy_resolution import ProgressiveSampler, carried_request, in_stages, with_stage_obstacle
+from .device import clock_for, peak_memory, start_peak_memory, synchronize
 from .trace_store import TraceStore
 
 KEY = "stretto"

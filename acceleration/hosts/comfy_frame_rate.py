@@ -31,10 +31,10 @@ from ..frame_rate.technique import AUTO, NODE
 from ..plan import Request
 from ..resolution.technique import sampler_obstacle
 from . import comfy as host
-from .comfy_device import synchronize
 from .comfy_resolution import is_flow
 from .comfy_sampling import SamplingJob, preview_callback
 from .comfy_video_vae import DynamicRateVAE, stride_of
+from .device import synchronize
 
 
 @dataclass(frozen=True)

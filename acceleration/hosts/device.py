@@ -1,12 +1,20 @@
 """Stopwatches and memory readings per device type."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 
 from ..run import Clock, wall_clock
+
+try:
+    import psutil
+except ImportError:  # ComfyUI brings it, diffusers does not
+    psutil = None
+
+#: Free bytes where nothing tells: techniques then plan as if there were enough.
+UNKNOWN = 1 << 40
 
 
 def clock_for(device: torch.device) -> Clock:
@@ -48,7 +56,19 @@ def start_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:
-    """Return the peak since :func:`start_peak_memory` on CUDA, else the process's resident size now (bytes)."""
+    """Return the peak since :func:`start_peak_memory` on CUDA, else the resident size (bytes, 0 where not known)."""
     if device.type == "cuda":
         return {"kind": "cuda", "peak_bytes": torch.cuda.max_memory_allocated(device)}
-    return {"kind": "rss", "peak_bytes": psutil.Process().memory_info().rss}
+    return {"kind": "rss", "peak_bytes": psutil.Process().memory_info().rss if psutil is not None else 0}
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of ``device`` where no memory management of a host is there to ask."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if psutil is not None:
+        return int(psutil.virtual_memory().available)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return UNKNOWN
