@@ -13,7 +13,7 @@ from .modules import FLUX_DOUBLE, FLUX_MODULATIONS, FLUX_SINGLE
 
 #: (width, double blocks, single blocks, patch side, input channels per pixel, guidance embedding). Kontext has the
 #: sizes of FLUX.1 [dev].
-_FLUX = {
+VARIANTS = {
     (3072, 19, 38, 2, 16, True): "dev",
     (3072, 19, 38, 2, 16, False): "schnell",
     (3072, 19, 38, 2, 96, True): "fill",
@@ -26,7 +26,7 @@ def _flux_variant(network: Any) -> str:
     patch = network.patch_size
     channels = network.in_channels // patch**2
     sizes = network.hidden_size, len(network.double_blocks), len(network.single_blocks), patch, channels
-    return _FLUX.get((*sizes, network.params.guidance_embed), "")
+    return VARIANTS.get((*sizes, network.params.guidance_embed), "")
 
 
 def _chroma_variant(network: Any) -> str:

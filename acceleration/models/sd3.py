@@ -9,7 +9,7 @@ from .modulation import leading, modulate, shift_and_scale
 from .modules import ATTN, MLP, Layout
 
 #: (width, blocks, whether some blocks have a second attention over the image alone)
-_VARIANTS = {
+VARIANTS = {
     (1536, 24, False): "3-medium",
     (1536, 24, True): "3.5-medium",
     (2432, 38, False): "3.5-large",
@@ -28,7 +28,7 @@ _MODULES = (
 
 def _variant(network: Any) -> str:
     sizes = network.hidden_size, len(network.joint_blocks), bool(network.x_block_self_attn_layers)
-    return _VARIANTS.get(sizes, "")
+    return VARIANTS.get(sizes, "")
 
 
 def _modulated_image(network: Any, args: dict[str, Any]) -> torch.Tensor:

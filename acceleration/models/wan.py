@@ -12,7 +12,7 @@ from .modules import ATTN, CROSS_ATTN, MLP, Layout
 
 #: (width, blocks, feed-forward width, input channels, output channels, kind, first and last frame). Wan 2.2's text
 #: experts have the sizes of Wan 2.1's 14B, and its models for 480p and 720p those of one another.
-_WAN = {
+VARIANTS = {
     (1536, 30, 8960, 16, 16, "t2v", False): "2.1-t2v-1.3b",
     (5120, 40, 13824, 16, 16, "t2v", False): "2.1-t2v-14b",
     (5120, 40, 13824, 36, 16, "i2v", False): "2.1-i2v-14b",
@@ -40,7 +40,7 @@ def _wan_variant(network: Any) -> str:
         return ""  # Fun models
     frames = getattr(getattr(network, "img_emb", None), "emb_pos", None) is not None
     sizes = network.dim, len(network.blocks), network.ffn_dim, network.in_dim, network.out_dim
-    return _WAN.get((*sizes, network.model_type, frames), "")
+    return VARIANTS.get((*sizes, network.model_type, frames), "")
 
 
 def _vace_variant(network: Any) -> str:
