@@ -7,7 +7,7 @@ command line import subpackages of it in an environment without torch.
 
 WEB_DIRECTORY = "./web/static"
 __version__ = "0.1.0"
-__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
+__all__ = ["WEB_DIRECTORY", "accelerate", "comfy_entrypoint"]
 
 
 async def comfy_entrypoint():
@@ -16,3 +16,12 @@ async def comfy_entrypoint():
 
     prepare()
     return StrettoExtension()
+
+
+def __getattr__(name: str):
+    """Import ``accelerate``, for pipelines of diffusers, when it is first asked for."""
+    if name != "accelerate":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .acceleration.hosts.diffusers import accelerate
+
+    return accelerate
