@@ -35,6 +35,17 @@ from .trace_store import TraceStore
 SUPPORTED = ("measure", "cache")
 #: Transformers of a pipeline: Wan 2.2 has two experts.
 COMPONENTS = ("transformer", "transformer_2")
+#: Hooks of diffusers that skip parts of a network.
+SKIPPING_HOOKS = frozenset(
+    {
+        "fbc_leader_block_hook",
+        "mag_cache_leader_block_hook",
+        "taylorseer_cache",
+        "pyramid_attention_broadcast",
+        "faster_cache_denoiser",
+        "faster_cache_block",
+    }
+)
 log = logging.getLogger("stretto")
 
 #: The run and the network call in progress, for the blocks.
@@ -287,7 +298,13 @@ class _Attachment:
 
 
 def _block_forward(
-    network: Any, site: BlockSite, known: Transformer, order: tuple[str, ...], original: Callable, args: tuple, kwargs: dict
+    network: Any,
+    site: BlockSite,
+    known: Transformer,
+    order: tuple[str, ...],
+    original: Callable,
+    args: tuple,
+    kwargs: dict,
 ) -> Any:
     """One block: sent through the sessions where the call in progress wants that."""
     found = _CALL.get()
@@ -341,9 +358,7 @@ def _as_reachable(known: Transformer | None, network: Any) -> tuple[Transformer 
     closed = ""
     if not blocks or any("hidden_states" not in _parameters(block) for block in blocks):
         closed = "this version of diffusers has other blocks in it"
-    elif any(
-        ("encoder_hidden_states" not in _parameters(block)) for block in blocks if len(known.returns) > 1
-    ):
+    elif any(("encoder_hidden_states" not in _parameters(block)) for block in blocks if len(known.returns) > 1):
         closed = "this version of diffusers keeps picture and text in one stream"
     elif any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks):
         closed = "its blocks are compiled one by one"
@@ -356,19 +371,27 @@ def _as_reachable(known: Transformer | None, network: Any) -> tuple[Transformer 
 
 
 def _offloaded_in_groups(block: torch.nn.Module) -> bool:
-    registries = (getattr(module, "_diffusers_hook", None) for module in block.modules())
-    return any("group_offloading" in getattr(registry, "hooks", {}) for registry in registries if registry is not None)
+    return "group_offloading" in _hooks(block)
+
+
+def _hooks(module: torch.nn.Module) -> set[str]:
+    """Names of the hooks of diffusers on a module and inside it."""
+    registries = (getattr(inner, "_diffusers_hook", None) for inner in module.modules())
+    return {name for registry in registries if registry is not None for name in getattr(registry, "hooks", {})}
 
 
 def _foreign_cache(network: Any) -> str:
     """Return why a cache of somebody else's stands in the way, "" where none does."""
-    if getattr(network, "is_cache_enabled", False):
+    hooks = sorted(_hooks(network) & SKIPPING_HOOKS)
+    if hooks or getattr(network, "is_cache_enabled", False):
         return (
-            "Stretto Cache and a cache of diffusers are on the same transformer; both would skip steps. "
-            "Call its disable_cache() first."
+            f"Stretto Cache and a cache of diffusers ({hooks[0] if hooks else 'enable_cache'}) are on the same transformer; "
+            "both would skip steps. Call its disable_cache() first, or remove the hook."
         )
     if getattr(network, "_is_cached", False):
-        return "Stretto Cache and cache-dit are on the same transformer; both would skip steps. Disable cache-dit first."
+        return (
+            "Stretto Cache and cache-dit are on the same transformer; both would skip steps. Disable cache-dit first."
+        )
     return ""
 
 
@@ -392,4 +415,3 @@ def _guides(pipeline: Any) -> bool:
 def _scale(pipeline: Any) -> float | None:
     scale = getattr(pipeline, "guidance_scale", None)
     return float(scale) if isinstance(scale, int | float) else None
-

@@ -201,7 +201,9 @@ class Run:
     def _branches(self, asked: Asked) -> tuple[Branch, ...]:
         given = {name: value for name, value in asked.arguments.items() if value is not None}
         conditions = tuple(
-            (name, self._conditionings.name(given[name])) for name in CONDITIONS if isinstance(given.get(name), torch.Tensor)
+            (name, self._conditionings.name(given[name]))
+            for name in CONDITIONS
+            if isinstance(given.get(name), torch.Tensor)
         )
         key = (conditions, tuple(sorted(given)), tuple(asked.hidden_states.shape), asked.hidden_states.device)
         if asked.branches == 2:

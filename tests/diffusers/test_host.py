@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from stretto.acceleration.caching import store as store_module
 from stretto.acceleration.caching.methods import METHODS
 from stretto.acceleration.errors import ConflictError, StrettoError
 from stretto.acceleration.hosts.diffusers import accelerate
-from stretto.acceleration.models.diffusers import TRANSFORMERS
+from stretto.acceleration.models.diffusers import TRANSFORMERS, transformer_of
 from stretto.acceleration.plan import Plan, Request
 
 from .tiny import FAMILIES, loop, network_of
@@ -84,7 +85,8 @@ def test_every_method_engaged_is_bit_exact(name, method):
 @pytest.mark.parametrize("request_", [TAYLOR, EASY], ids=["taylor", "easycache"])
 def test_skipped_steps_run_no_block(name, request_):
     pipe, ran = loop(name), []
-    last = getattr(pipe.transformer, next(k.descriptor for k in TRANSFORMERS if name in k.descriptor.networks).block_lists[-1][1])[-1]
+    descriptor = transformer_of(pipe.transformer).descriptor
+    last = getattr(pipe.transformer, descriptor.block_lists[-1][1])[-1]
     inner = next(module for module in last.modules() if isinstance(module, torch.nn.Linear))
     handle = inner.register_forward_hook(lambda *_: ran.append(1))
     plain = pipe()
@@ -136,7 +138,7 @@ def test_a_transformer_alone_runs_over_given_noise_levels():
     arguments = FAMILIES["SD3Transformer2DModel"].arguments(pipe.transformer, None, pipe.embeddings[:1])
     x = torch.randn(1, 4, 8, 6)
     with torch.no_grad(), accelerate(pipe.transformer, TAYLOR, sigmas=sigmas.tolist()) as run:
-        for now, after in zip(sigmas, sigmas[1:]):
+        for now, after in pairwise(sigmas):
             x = x + (after - now) * pipe.transformer(x, timestep=1000 * now[None], **arguments).sample
     assert run.trace["totals"]["forecast"] == 3 and run.trace["outcome"] == "completed"
 
@@ -227,7 +229,7 @@ def test_two_experts_share_the_noise_levels():
 
     plain = run()
     pipe.transformer = first
-    with accelerate(pipe, replace(ENGAGED["Taylor"])):
+    with accelerate(pipe, ENGAGED["Taylor"]):
         assert torch.equal(plain, run())
     pipe.transformer = first
     with accelerate(pipe, TAYLOR) as accelerated:

@@ -19,7 +19,7 @@ class Family:
         latent: shape of one latent, without the batch.
         arguments: (network, latent, text [B, 6, 16]) -> further arguments of a call.
         timestep: (scheduler's timestep [B], training timesteps) -> what the network is given.
-        batched: whether one call guides: the unconditional half first, or ("cond first") last.
+        batched: whether one call guides: the unconditional half first, except for DiT.
         sign: of the prediction that the scheduler is given.
         scheduler: makes one.
         learned: whether variances stand behind the prediction's channels.
@@ -154,7 +154,8 @@ FAMILIES = {
     "Lumina2Transformer2DModel": Family(
         lambda: diffusers.Lumina2Transformer2DModel(
             sample_size=8, in_channels=4, out_channels=4, hidden_size=24, num_layers=3, num_refiner_layers=1,
-            num_attention_heads=2, num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(30, 16, 16), cap_feat_dim=WIDTH,
+            num_attention_heads=2, num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(30, 16, 16),
+            cap_feat_dim=WIDTH,
         ),
         (4, 8, 6),
         lambda network, latent, text: {
@@ -235,8 +236,6 @@ class Loop:
                     out = u + self.guidance_scale * (out - u)
             if family.learned:
                 out = out.chunk(2, dim=1)[0]
-            if "DPMScheduler" in type(self.scheduler).__name__:
-                raise NotImplementedError
             x = self.scheduler.step(family.sign * out, t, x, return_dict=False)[0]
             if callback is not None:
                 callback(step)
