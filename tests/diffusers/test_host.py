@@ -387,6 +387,13 @@ def test_caches_of_diffusers_are_refused():
         pipe()
 
 
+def test_hooks_on_transformers_without_enable_cache_are_refused_too():
+    pipe = loop("SD3Transformer2DModel")
+    diffusers.hooks.apply_first_block_cache(pipe.transformer, diffusers.FirstBlockCacheConfig(0.1))
+    with pytest.raises(ConflictError, match="fbc_leader_block_hook"), accelerate(pipe, TAYLOR):
+        pass
+
+
 @pytest.mark.parametrize(
     ("pipeline", "plan", "message"),
     [
