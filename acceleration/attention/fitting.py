@@ -54,13 +54,18 @@ def pair_sums(full: torch.Tensor, sparse: torch.Tensor, other: torch.Tensor) -> 
     Raises:
         ValueError: shapes differ.
     """
-    if not full.shape == sparse.shape == other.shape or full.ndim != 4:
-        shapes = [list(x.shape) for x in (full, sparse, other)]
-        raise ValueError(f"full, sparse and other must have one shape [B, H, rows, d], got {shapes}")
+    require_one_shape(full, sparse, other)
     full, sparse, other = full.float(), sparse.float(), other.float()
     d, f = sparse - other, full - other
     pairs = ((f, f), (f, d), (d, d), (full - sparse, full - sparse), (full, full))
     return torch.stack([(a * b).sum(dim=(0, 2, 3)) for a, b in pairs])
+
+
+def require_one_shape(full: torch.Tensor, sparse: torch.Tensor, other: torch.Tensor) -> None:
+    """Raise ValueError unless all three have one shape [B, H, rows, d]."""
+    if not full.shape == sparse.shape == other.shape or full.ndim != 4:
+        shapes = [list(x.shape) for x in (full, sparse, other)]
+        raise ValueError(f"full, sparse and other must have one shape [B, H, rows, d], got {shapes}")
 
 
 def blend(

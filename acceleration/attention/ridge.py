@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .fitting import Fitting
+from .fitting import Fitting, require_one_shape
 
 #: r, as a share of the mean diagonal of the Gram matrix.
 RIDGE = 1e-3
@@ -53,9 +53,7 @@ def moments(full: torch.Tensor, sparse: torch.Tensor, other: torch.Tensor) -> Mo
     Raises:
         ValueError: shapes differ.
     """
-    if not full.shape == sparse.shape == other.shape or full.ndim != 4:
-        shapes = [list(x.shape) for x in (full, sparse, other)]
-        raise ValueError(f"full, sparse and other must have one shape [B, H, rows, d], got {shapes}")
+    require_one_shape(full, sparse, other)
     full, sparse, other = (x.float().transpose(0, 1).flatten(1, 2) for x in (full, sparse, other))
     both = torch.cat([sparse, other], -1)
     squares = (full.square().sum((1, 2)), (full - sparse).square().sum((1, 2)))
