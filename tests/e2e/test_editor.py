@@ -159,6 +159,10 @@ def test_the_template_browser_offers_our_workflows(editor):
 
 
 def test_a_template_is_loaded(editor):
-    open_templates(editor).get_by_text("demo-image-taylor", exact=True).click()
+    card = open_templates(editor).get_by_text("demo-image-taylor", exact=True)
+    editor.wait_for_timeout(1500)  # cards move while their pictures come
+    card.scroll_into_view_if_needed()
+    editor.wait_for_timeout(500)
+    card.click()
     wanted = types_of(json.loads(path_of("taylor").read_text(encoding="utf-8")))
     editor.wait_for_function(f"(wanted) => JSON.stringify(({TYPES})().sort()) === JSON.stringify(wanted)", arg=wanted)
