@@ -1,7 +1,7 @@
 """Plans of attention on the demo video model: how long they take to find, and what they are worth beside uniform settings.
 
     .venv/bin/python benchmarks/attention_search.py [--side 256] [--steps 20] [--target 30] [--methods Budgets ...]
-        [--count 3] [--uniform] [--save FOLDER]
+        [--tries 5] [--extra-seeds 1] [--count 3] [--uniform] [--no-schedules] [--save FOLDER]
 
 In process, batch 1, 17 frames of SIDE x SIDE: 64 is what the model was trained for (80 tokens), 256 makes 1,280 and 512 makes
 5,120 of them; above 64 pictures mean little, and closeness to the plain run is what counts. One prompt and seed find the plans;
@@ -22,8 +22,6 @@ from caching import MODELS, RESULTS, Bench, psnr
 from overhead import ROOT, prepare
 
 FRAMES, SEED = 5, 2000
-#: Plans that are tried, each with so many seeds beside the probe's.
-TRIES, EXTRA_SEEDS = 3, 1
 #: (share of the blocks, share of the steps that stay dense) of sparse attention with one setting for all.
 UNIFORM = ((0.5, 0.2), (0.5, 0.5), (0.25, 0.2), (0.25, 0.5), (0.1, 0.5))
 SCHEDULES = (("DiTFastAttn", 0.25), ("Re-ttention", 0.03125), ("Re-ttention, rho only", 0.25), ("Re-ttention, routed", 0.25))
@@ -60,14 +58,14 @@ class Runs:
         return self.decode(latent), evaluation_seconds(trace), trace
 
 
-def find(runs: Runs, methods: list[str], prompt: str, target: float, block: int, save: Path | None) -> dict:
+def find(runs: Runs, args: argparse.Namespace, prompt: str, block: int) -> dict:
     """Plans of the methods, with what it took to find them."""
     from stretto.acceleration.errors import StrettoError
     from stretto.acceleration.hosts.comfy_attention_search import QUALITY, ProbedRun, probe, search
 
     found, job = {}, runs.job(prompt, 1000)
     probes = {}
-    for method in methods:
+    for method in args.methods:
         order = "tiles" if method == "Budgets" else "rows"
         if order not in probes:
             begun = time.perf_counter()
@@ -78,7 +76,7 @@ def find(runs: Runs, methods: list[str], prompt: str, target: float, block: int,
         run, probing = probes[order]
         begun = time.perf_counter()
         try:
-            result = search(run, method, QUALITY, target, TRIES, runs.decode, extra_seeds=EXTRA_SEEDS)
+            result = search(run, method, QUALITY, args.target, args.tries, runs.decode, extra_seeds=args.extra_seeds)
         except StrettoError as error:
             print(f"  {method}: {error}", flush=True)
             found[method] = {"error": str(error)}
@@ -94,10 +92,11 @@ def find(runs: Runs, methods: list[str], prompt: str, target: float, block: int,
         }
         found[method] = {**row, "plan": result.plan}
         print(f"  {method}: {seconds:.0f} s, attention {row['predicted_cost']:.0%}, {result.quality:.1f} dB", flush=True)
-        if save is not None:
+        if args.save is not None:
             from stretto.acceleration.attention.search import save_plan
 
-            save_plan(save / f"demo-video-{method.lower().replace('ditfastattnv2', 'ditfastattn-v2')}.safetensors", result.plan)
+            name = method.lower().replace("ditfastattnv2", "ditfastattn-v2")
+            save_plan(args.save / f"demo-video-{name}.safetensors", result.plan)
     return found
 
 
@@ -156,6 +155,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--target", type=float, default=30.0, help="dB")
     parser.add_argument("--methods", nargs="*", default=["Budgets", "DiTFastAttn", "DiTFastAttnV2", "Sparse-vDiT", "Re-ttention"])
+    parser.add_argument("--tries", type=int, default=5, help="plans that are run for each method")
+    parser.add_argument("--extra-seeds", type=int, default=1, help="seeds beside the probe's that a plan must hold with")
     parser.add_argument("--count", type=int, default=3, help="held-out prompts")
     parser.add_argument("--uniform", action="store_true", help="also sparse attention with one setting for all heads")
     parser.add_argument("--no-schedules", action="store_true", help="leave published schedules out")
@@ -175,7 +176,7 @@ def main() -> None:
     print(f"{tokens:,} tokens, {args.steps} steps, plans for {args.target:g} dB", flush=True)
     runs = Runs(bench, args.side, args.steps)
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        found = find(runs, args.methods, prompts[0], args.target, block, args.save)
+        found = find(runs, args, prompts[0], block)
         files = {}
         for method, row in found.items():
             if "plan" in row:

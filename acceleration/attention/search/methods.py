@@ -24,7 +24,6 @@ class SearchMethod:
         summary: what it decides, in words.
         allowed: which options its heads may take; full attention always.
         choose: (problem, knob) -> choice.
-        windows: whether it needs patterns over rows of tokens, which a probe in tiles has not tried.
         source: paper.
     """
 
@@ -32,7 +31,6 @@ class SearchMethod:
     summary: str
     allowed: Callable[[Option, str], bool]
     choose: Callable[[Problem, float], Allocation]
-    windows: bool
     source: str
 
     def search(self, problem: Problem) -> Callable[[float], Allocation]:
@@ -105,29 +103,29 @@ SEARCHES = {
     for row in (
         SearchMethod(
             BUDGETS, "every head its own mode and its own share of the blocks, chosen together",
-            lambda option, kind: True, lambda problem, knob: problem.best(0.02 + 0.98 * knob), False,
+            lambda option, kind: True, lambda problem, knob: problem.best(0.02 + 0.98 * knob),
             "after SubBlock and DiTFastAttnV2, arXiv 2503.22796",
         ),
         SearchMethod(
             "DiTFastAttn", "per layer and part of the run: full, window with residual, or the output of an earlier step",
             lambda option, kind: option.mode == Mode.SHARE or (option.mode == Mode.RESIDUAL and kind in WINDOWS),
-            lambda problem, knob: tied(problem, (2,), 0.02 + 0.98 * knob), True,
+            lambda problem, knob: tied(problem, (2,), 0.02 + 0.98 * knob),
             "arXiv 2406.08552; searched on the probe's curves",
         ),
         SearchMethod(
             "DiTFastAttnV2", "per head: full, one of three arrow windows, or the output of an earlier step",
             lambda option, kind: option.mode == Mode.SHARE or (option.mode == Mode.LIST and kind in WINDOWS),
-            _ditfastattn_v2, True, "arXiv 2503.22796",
+            _ditfastattn_v2, "arXiv 2503.22796",
         ),
         SearchMethod(
             "Sparse-vDiT", "per head: full, a diagonal, diagonals between frames, stripes, or nothing",
             lambda option, kind: option.mode == Mode.ZERO or (option.mode == Mode.LIST and kind != "router"),
-            _sparse_vdit, True, "arXiv 2506.03065",
+            _sparse_vdit, "arXiv 2506.03065",
         ),
         SearchMethod(
             "Re-ttention", "per part of the run: which window, weighed and completed as at the last full step",
             lambda option, kind: option.mode == Mode.RHO and kind != "router",
-            lambda problem, knob: tied(problem, (1, 2), 0.02 + 0.98 * knob), True, "arXiv 2505.22918",
+            lambda problem, knob: tied(problem, (1, 2), 0.02 + 0.98 * knob), "arXiv 2505.22918",
         ),
     )
 }  # fmt: skip
