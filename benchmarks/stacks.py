@@ -11,8 +11,8 @@ measured alone in the same run; a stack below it has parts that save the same wo
 same sampler with fewer steps, stands beside them.
 
 image, batch: the demo image model, one and eight pictures at once. video: the demo video model, 80 tokens. wide, large: the same
-weights on 1,280 and 4,205 tokens, sizes it was not trained for: closeness to the plain run is what counts. large takes ten minutes
-a prompt on one core. Prints tables and writes benchmarks/results/stacks.json; parts that were not asked for stay in the file.
+weights on 1,280 and 4,205 tokens, sizes it was not trained for: closeness to the plain run is what counts. large takes ten
+minutes a prompt on one core. Prints tables and writes benchmarks/results/stacks.json; parts that were not asked for stay.
 """
 
 import argparse
