@@ -77,7 +77,7 @@ def test_prompts_from_files(compare, capsys, tmp_path, name, content, expected):
         (["--prompts", "missing.json"], "cannot be read"),
         (["--workflow", "missing.json"], "cannot be read"),
         (["--resume", "--seed", "1", "--out", "{bad}"], "not a file of measurements"),
-        (["--workflow", "{text}"], "not a JSON file"),
+        (["--workflow", "{text}"], "is not JSON"),
         (["--workflow", "{list}"], "not a ComfyUI workflow"),
         (["--steps", "20000"], "KSampler (node 5), input 'steps'"),
     ],

@@ -13,6 +13,7 @@ from typing import Any
 
 from . import arms as edit
 from .arms import MEASURE, Api, Arm
+from .carried import read_carried
 from .client import ComfyClient, StepCallback
 from .errors import MeasureError, Stopped, WorkflowError
 from .interleave import Cell, Measurement, MeasurementFile, Slot, cells_of, remaining, run_interleaved, schedule
@@ -330,19 +331,17 @@ class _Comparison:
 
 
 def read_workflow(path: Path, client: ComfyClient) -> Api:
-    """Read a workflow file, UI or API form, as API JSON; raises `WorkflowError`."""
+    """Read a file that is or carries a workflow (`read_carried`), in either form, as API JSON; raises `WorkflowError`."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
         raise WorkflowError(f"{path} cannot be read: {error.strerror}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WorkflowError(f"{path} is not a JSON file.") from error
-    if is_ui_workflow(document):
-        return ui_to_api(document, client.object_info())
-    nodes = document.values() if isinstance(document, dict) else []
-    if not nodes or not all(isinstance(node, dict) and "class_type" in node for node in nodes):
-        raise WorkflowError(f"{path} is not a ComfyUI workflow.")
-    return document
+    return as_api(read_carried(data, str(path)), client)
+
+
+def as_api(workflow: dict[str, Any], client: ComfyClient) -> Api:
+    """A workflow in either form as API JSON; the server's node schemas tell how."""
+    return ui_to_api(workflow, client.object_info()) if is_ui_workflow(workflow) else workflow
 
 
 def read_prompts(entries: Sequence[str]) -> list[str]:
