@@ -6,6 +6,7 @@ import pytest
 
 from stretto.web.panel.measure import arms
 from stretto.web.panel.measure.errors import WorkflowError
+from stretto.web.panel.measure.labels import label_of
 
 
 def renamed(api, prefix):
@@ -119,10 +120,10 @@ def test_a_sampler_of_the_packs_own_samples_plainly_in_the_plain_arm(dynamic):
 
 def test_a_run_that_keeps_all_frames_is_the_plain_one(dynamic):
     kept = arms.set_inputs(arms.plain(dynamic), "StrettoDynamicFrameRate", keep=100)
-    assert arms.accelerators(kept) == [] and arms.label_of(kept, "fallback") == "fallback"
-    assert arms.label_of(dynamic, "x") == "Taylor (every 2, order 1) + DynamicFrameRate (keep 60 %)"
+    assert arms.accelerators(kept) == [] and label_of(kept, "fallback") == "fallback"
+    assert label_of(dynamic, "x") == "Taylor (every 2, order 1) + DynamicFrameRate (keep 60 %)"
     linked = arms.set_inputs(dynamic, "StrettoDynamicFrameRate", keep=["9", 0])
-    assert arms.label_of(linked, "x").endswith("DynamicFrameRate")
+    assert label_of(linked, "x").endswith("DynamicFrameRate")
 
 
 def test_of_two_samplers_beside_each_other_only_the_packs_own_counts(dynamic, workflow):
@@ -191,12 +192,12 @@ def test_shape_ignores_ids_prompt_seed_and_reports(workflow):
 
 
 def test_labels_and_names(workflow):
-    assert arms.label_of(workflow, "x") == "Taylor (every 2, order 1)"
+    assert label_of(workflow, "x") == "Taylor (every 2, order 1)"
     assert (
-        arms.label_of(arms.set_inputs(workflow, "StrettoCache", method="EasyCache"), "x")
+        label_of(arms.set_inputs(workflow, "StrettoCache", method="EasyCache"), "x")
         == "EasyCache (threshold 0.05)"
     )
-    assert arms.label_of(arms.plain(workflow), "fallback") == "fallback"
+    assert label_of(arms.plain(workflow), "fallback") == "fallback"
     assert arms.name_of("Taylor (every 2)", ["taylor-every-2"]) == "taylor-every-2-2"
     with pytest.raises(ValueError, match="hyphens"):
         arms.Arm("../x", "x", workflow)
@@ -214,7 +215,7 @@ def test_labels_and_names(workflow):
     ],
 )
 def test_a_cache_is_called_by_what_decides(inputs, label):
-    assert arms.label_of({"1": {"class_type": "StrettoCache", "inputs": inputs}}, "x") == label
+    assert label_of({"1": {"class_type": "StrettoCache", "inputs": inputs}}, "x") == label
 
 
 def test_charts_of_our_own_nodes_are_not_the_picture():

@@ -274,16 +274,19 @@ def get_frame_rate(api: Api) -> float | None:
 
 def accelerators(api: Api) -> list[str]:
     """Class names of this pack's nodes that take a MODEL and change how it runs, in the order of the file."""
-    return list(
-        dict.fromkeys(
-            node["class_type"]
-            for node in api.values()
-            if node["class_type"].startswith(PREFIX)
-            and node["class_type"] not in (MEASURE, *PROBES)
-            and is_link(node.get("inputs", {}).get("model"))
-            and not _switched_off(node)
-        )
-    )
+    return list(dict.fromkeys(api[key]["class_type"] for key in accelerator_ids(api)))
+
+
+def accelerator_ids(api: Api) -> list[str]:
+    """Ids of the nodes that `accelerators` names."""
+    return [
+        key
+        for key, node in api.items()
+        if node["class_type"].startswith(PREFIX)
+        and node["class_type"] not in (MEASURE, *PROBES)
+        and is_link(node.get("inputs", {}).get("model"))
+        and not _switched_off(node)
+    ]
 
 
 def _switched_off(node: dict[str, Any]) -> bool:
@@ -296,8 +299,13 @@ def bypass(api: Api, class_types: Iterable[str]) -> Api:
     Raises `WorkflowError` for a node whose consumers want something else than a MODEL.
     """
     classes = set(class_types)
+    return bypass_ids(api, [key for key, node in api.items() if node["class_type"] in classes])
+
+
+def bypass_ids(api: Api, ids: Iterable[str]) -> Api:
+    """`bypass` for single nodes."""
     edited = copy.deepcopy(api)
-    for key in [key for key, node in edited.items() if node["class_type"] in classes]:
+    for key in ids:
         source, name = edited[key].get("inputs", {}).get("model"), f"{edited[key]['class_type']} (node {key})"
         if not is_link(source):
             raise WorkflowError(f"{name} has no MODEL input, so it cannot be bypassed.")
@@ -311,30 +319,50 @@ def bypass(api: Api, class_types: Iterable[str]) -> Api:
     return edited
 
 
-def plain(api: Api) -> Api:
+def plain(api: Api, keep: Iterable[str] = ()) -> Api:
     """The workflow without any accelerating node of this pack, and without those that examine the model.
 
-    Nodes that sample themselves stay and are told to sample plainly. Raises `WorkflowError` where one run is spread over two
-    samplers: what stands between them leaves nothing that would be the plain run.
+    Nodes that sample themselves stay and are told to sample plainly. The nodes with the ids `keep` stay as they are, with what
+    feeds their inputs. Raises `WorkflowError` where one run is spread over two samplers: what stands between them leaves
+    nothing that would be the plain run.
     """
-    found = accelerators(api)
-    if SECOND_PASS in found:
+    stay = set(keep)
+    for key in list(stay):
+        stay |= _feeding(api, key)
+    found = [key for key in accelerator_ids(api) if key not in stay]
+    if SECOND_PASS in accelerators(api):
         raise WorkflowError(
             f"{SECOND_PASS} stands between two samplers, so no plain run follows from this workflow; compare with one of "
             "its own, or use StrettoDynamicFrameRate."
         )
-    edited = api
-    for name in SWITCHED_OFF:
-        if name in found:
-            edited = set_inputs(edited, name, **SWITCHED_OFF[name])
-    return remove(bypass(edited, [name for name in found if name not in SWITCHED_OFF]), PROBES)
+    edited = copy.deepcopy(api)
+    for key in found:
+        edited[key]["inputs"].update(SWITCHED_OFF.get(edited[key]["class_type"], {}))
+    edited = bypass_ids(edited, [key for key in found if edited[key]["class_type"] not in SWITCHED_OFF])
+    return _without(edited, {key for key, node in edited.items() if node["class_type"] in PROBES and key not in stay})
+
+
+def _feeding(api: Api, key: str) -> set[str]:
+    """Ids of all nodes above a node's inputs, its model aside."""
+    queue = [value[0] for name, value in api[key]["inputs"].items() if is_link(value) and name != "model"]
+    found: set[str] = set()
+    while queue:
+        above = queue.pop()
+        if above not in found and above in api:
+            found.add(above)
+            queue += [value[0] for value in api[above].get("inputs", {}).values() if is_link(value)]
+    return found
 
 
 def remove(api: Api, class_types: Iterable[str]) -> Api:
     """Remove the nodes of these classes and everything that is fed by them."""
     classes = set(class_types)
+    return _without(api, {key for key, node in api.items() if node["class_type"] in classes})
+
+
+def _without(api: Api, gone: set[str]) -> Api:
+    """Remove the nodes with these ids and everything that is fed by them."""
     edited = copy.deepcopy(api)
-    gone = {key for key, node in edited.items() if node["class_type"] in classes}
     while gone:
         for key in gone:
             del edited[key]
@@ -416,43 +444,3 @@ def pictures_of(api: Api, outputs: dict[str, Any]) -> list[dict[str, Any]]:
         if not api.get(node, {}).get("class_type", "").startswith(PREFIX) and not any(output.get("animated", ()))
         for image in output.get("images", [])
     ]
-
-
-# What decides for each caching method, as its name in a report; methods that are not listed have no number of their own.
-EVERY = ("Taylor", "TaylorSeer", "HiCache", "FORA", "Output")
-THRESHOLD = (
-    "EasyCache", "Adaptive", "TeaCache", "MagCache", "FBCache", "DBCache", "CG-Taylor", "SpeCa", "DiCache", "AdaCache",
-    "LazyCache",
-)  # fmt: skip
-
-
-def _cache_label(inputs: dict[str, Any]) -> str:
-    """A Stretto Cache by its method and the setting that decides."""
-    method = inputs.get("method")
-    if isinstance(inputs.get("calibrated"), list) or inputs.get("preset_file"):
-        return "Calibrated"
-    if inputs.get("preset", "as set") != "as set":
-        return f"{method} ({inputs['preset']})"
-    if method in THRESHOLD:
-        return f"{method} (threshold {inputs.get('threshold')})"
-    if method in EVERY:
-        return f"{method} (every {inputs.get('interval')}, order {inputs.get('order')})"
-    return f"{method} ({inputs.get('level')})" if method == "SCM" else str(method)
-
-
-def _own_label(node: dict[str, Any]) -> str:
-    """Another node by its class, and by what it keeps where that decides."""
-    name, keep = node["class_type"].removeprefix(PREFIX), node["inputs"].get("keep")
-    return f"{name} (keep {keep:g} %)" if node["class_type"] in SWITCHED_OFF and isinstance(keep, int | float) else name
-
-
-def label_of(api: Api, fallback: str) -> str:
-    """A short name for what accelerates a workflow, out of its nodes' settings."""
-    parts = []
-    for node in api.values():
-        inputs = node.get("inputs", {})
-        if node["class_type"] == "StrettoCache":
-            parts.append(_cache_label(inputs))
-        elif node["class_type"] in accelerators({"": node}):
-            parts.append(_own_label(node))
-    return " + ".join(parts) or fallback

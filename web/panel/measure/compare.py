@@ -17,6 +17,7 @@ from .carried import read_carried
 from .client import ComfyClient, StepCallback
 from .errors import MeasureError, Stopped, WorkflowError
 from .interleave import Cell, Measurement, MeasurementFile, Slot, cells_of, remaining, run_interleaved, schedule
+from .labels import label_of
 from .metrics import read_rgb
 from .pictures import png_bytes
 from .report import Report, Results, build_report, server_facts, write_report
@@ -395,7 +396,7 @@ def arms_of(workflows: Sequence[tuple[str, Api]]) -> tuple[Api, list[Arm]]:
     for name, workflow in workflows:
         if edit.shape(workflow) == shape:
             continue
-        label = edit.label_of(workflow, name)
+        label = label_of(workflow, name)
         arms.append(Arm(edit.name_of(label, taken), label, workflow))
         taken.append(arms[-1].name)
     if not arms:

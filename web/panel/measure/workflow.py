@@ -268,20 +268,23 @@ def _widget_inputs(node: Json, schema: NodeSchema) -> Json:
     if isinstance(values, dict):
         return {w.name: _checked(node, w, values.get(w.name, w.placeholder())) for w in schema.widgets}
     values = list(values or [])
-    inputs: Json = {}
+    # Inputs are only ever appended, so an older file simply ends early.
+    return {widget.name: _checked(node, widget, values[place] if place < len(values) else widget.placeholder())
+            for widget, place in widget_places(values, schema)}
+
+
+def widget_places(values: list[Any], schema: NodeSchema) -> Iterator[tuple[Widget, int]]:
+    """Each widget with its place in a node's list of stored values; the list may end before it."""
     position = 0
     for index, widget in enumerate(schema.widgets):
         if index == schema.upload_after and len(values) - position > len(schema.widgets) - index:
             position += 1
-        # Inputs are only ever appended, so an older file simply ends early.
-        value = values[position] if position < len(values) else widget.placeholder()
-        inputs[widget.name] = _checked(node, widget, value)
+        yield widget, position
         position += 1
         if widget.has_control and position < len(values) and values[position] in CONTROL_MODES:
             position += 1
             if widget.kind == "COMBO" and len(values) - position > len(schema.widgets) - index - 1:
                 position += 1  # a choice with a control value also stores the text of its filter
-    return inputs
 
 
 def _checked(node: Json, widget: Widget, value: Any) -> Any:
