@@ -18,6 +18,7 @@ from .client import ComfyClient, StepCallback
 from .errors import MeasureError, Stopped, WorkflowError
 from .interleave import Cell, Measurement, MeasurementFile, Slot, cells_of, remaining, run_interleaved, schedule
 from .labels import label_of
+from .lock import folder_lock
 from .metrics import read_rgb
 from .pictures import png_bytes
 from .report import Report, Results, build_report, server_facts, write_report
@@ -72,9 +73,10 @@ def compare(
     the first arm computes. `reference_steps` 0 leaves the reference out. Setting `stop` ends the comparison early with
     a report of the complete rounds. Raises `MeasureError`s; finished measurements stay in `out_dir` for `resume`.
     """
-    comparison = _Comparison(client, Path(out_dir), progress, stop)
-    comparison.plan(plain_workflow, arms, prompts, seeds, batch, steps)
-    return comparison.run(repeats, warmup, reference_steps, competitor, resume, command)
+    with folder_lock(Path(out_dir)):
+        comparison = _Comparison(client, Path(out_dir), progress, stop)
+        comparison.plan(plain_workflow, arms, prompts, seeds, batch, steps)
+        return comparison.run(repeats, warmup, reference_steps, competitor, resume, command)
 
 
 class _Comparison:

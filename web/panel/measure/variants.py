@@ -147,8 +147,10 @@ def offered(api: Api, object_info: ObjectInfo) -> list[Variant]:
     """What can be ticked: as drawn, each Stretto node alone where there are several, and the same sampler with fewer steps."""
     nodes = stretto_nodes(api, object_info)
     if not nodes:
-        sampled = any(node["class_type"] in edit.SAMPLERS for node in api.values())
-        steps = edit.get_steps(api) if sampled else None
+        try:
+            steps = edit.get_steps(edit.plain(api))
+        except WorkflowError:
+            return []  # nothing is sampled, or only what a node makes that examines the model
         if not isinstance(steps, int) or steps < 2:
             return []
         return [Variant("fewer-steps", f"Same sampler, {steps // 2} steps", steps=steps // 2)]
