@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 from .arms import Arm
 from .errors import ReportError
+from .front import front_svg
 from .gallery import gallery, is_clips
 from .interleave import Cell, Measurement
 from .pictures import DIFFERENCE_GAIN
@@ -222,6 +223,7 @@ def render_html(report: Report, folder: Path) -> str:
         columns=columns(report),
         style=Markup(STYLE.read_text(encoding="utf-8")),
         timeline=Markup(timeline_svg(timeline_rows(report))),
+        front=Markup(front_svg(report)),
         clips=is_clips(report),
         gallery=gallery(report, folder),
         gain=DIFFERENCE_GAIN,
