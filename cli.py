@@ -7,18 +7,23 @@ environment (torch), without a server.
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import json
+import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from load_pack import ROOT, load_pack
 
 DEFAULT_SERVER = "http://127.0.0.1:8188"
 USAGE_ERROR, CANCELLED = 2, 130
+GRACE = 10.0  # seconds in which the page may end what it is doing
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -115,6 +120,11 @@ def _add_panel(commands: argparse._SubParsersAction) -> None:
         default=Path("report") / "panel",
         metavar="DIR",
         help="folder of the reports (default: %(default)s)",
+    )
+    command.add_argument(
+        "--until-stdin-closes",
+        action="store_true",
+        help="end when the standard input closes: for programs that start the page and may not outlive it",
     )
     command.set_defaults(handler=run_panel)
 
@@ -427,8 +437,19 @@ def run_panel(args: argparse.Namespace) -> int:
     """Handle `panel`."""
     from stretto.web.panel.app import PanelConfig, serve
 
+    if args.until_stdin_closes:
+        threading.Thread(target=_interrupt_at_end_of, args=(sys.stdin.buffer,), daemon=True).start()
     serve(PanelConfig(args.server, args.workflows, args.out, args.host, args.port, args.workflow), announce=print)
     return 0
+
+
+def _interrupt_at_end_of(stream: BinaryIO) -> None:
+    """Wait until whoever holds the other end is gone, then end this program as Ctrl+C would."""
+    while stream.read(4096):
+        pass
+    _thread.interrupt_main()
+    time.sleep(GRACE)
+    os._exit(CANCELLED)
 
 
 def run_file_command(args: argparse.Namespace) -> int:
