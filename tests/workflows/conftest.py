@@ -22,7 +22,7 @@ def object_info() -> dict[str, Any]:
     comfyui = ROOT / ".comfyui"
     if not (comfyui / "main.py").exists():
         pytest.skip("needs .comfyui: run scripts/bootstrap.py --dev")
-    dump = Path(__file__).with_name("dump_object_info.py")
+    dump = ROOT / "scripts" / "dump_object_info.py"
     result = subprocess.run(
         [sys.executable, str(dump), str(comfyui), str(ROOT)], capture_output=True, text=True, check=False, timeout=180
     )
