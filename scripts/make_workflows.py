@@ -8,10 +8,7 @@ Thumbnails are made by make_thumbnails.py. --table prints the list of workflows 
 
 import argparse
 import fnmatch
-import json
-import subprocess
 import sys
-from typing import Any
 
 from launch.installation import COMFYUI_FOLDER
 from launch.pins import ROOT
@@ -23,15 +20,9 @@ sys.path.remove(str(ROOT))
 load_pack()
 from stretto.scripts.shipped_workflows.catalogue import WORKFLOWS  # noqa: E402
 from stretto.scripts.shipped_workflows.drawing import draw, dump  # noqa: E402
+from stretto.scripts.shipped_workflows.schemas import object_info  # noqa: E402
 from stretto.scripts.shipped_workflows.table import table  # noqa: E402
 from stretto.web.panel.measure.workflow import api_to_ui  # noqa: E402
-
-
-def object_info() -> dict[str, Any]:
-    """The schemas of all nodes, from a ComfyUI that is imported for it in a process of its own."""
-    command = [sys.executable, str(ROOT / "scripts" / "dump_object_info.py"), str(COMFYUI_FOLDER), str(ROOT)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 def main() -> int:
@@ -43,7 +34,7 @@ def main() -> int:
     if arguments.table:
         print(table(WORKFLOWS))
         return 0
-    schemas = object_info()
+    schemas = object_info(COMFYUI_FOLDER)
     for workflow in WORKFLOWS:
         if fnmatch.fnmatch(workflow.name, arguments.only):
             path = ROOT / "workflows" / f"{workflow.name}.json"

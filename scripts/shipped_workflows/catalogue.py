@@ -20,7 +20,7 @@ WORKFLOWS = (
     Workflow(
         "flux-fast", "flux", "FLUX.1 [dev], faster",
         "**Stretto Cache** skips steps whose result can be predicted. **Stretto Temporal Feature Cache** computes each modulation once, and "
-        "*feature_weights* leaves their weights in the file: a quarter of the model is never loaded.",
+        "*feature_weights* leaves their weights in the file: a quarter of the model or more is never loaded.",
         ((FEATURES, TAYLOR),), "demo-image-stacked", DEMO, loader={"feature_weights": "read from the file"},
     ),
     Workflow(
@@ -55,8 +55,8 @@ WORKFLOWS = (
     ),
     Workflow(
         "sd35-fast", "sd35", "Stable Diffusion 3.5 Large, faster",
-        "Three nodes on one model: **Stretto Guidance Saver** asks the negative prompt at every third step, **Stretto Cache** skips steps whose result can "
-        "be predicted, **Stretto Temporal Feature Cache** computes each modulation once.",
+        "Three nodes on one model: **Stretto Guidance Saver** asks the negative prompt at every third step (and not at all in the first tenth), **Stretto Cache** "
+        "skips steps whose result can be predicted, **Stretto Temporal Feature Cache** computes each modulation once.",
         ((GUIDANCE, FEATURES, TAYLOR),), "demo-image-stacked", DEMO,
     ),
     Workflow(
@@ -99,7 +99,7 @@ WORKFLOWS = (
         "z-image-fast", "z-image", "Z-Image Turbo, faster",
         "Nine steps leave little to skip: **Stretto Cache** follows a published mask for so few (SCM, *slow*: one step of nine). 8-bit weights and a vocabulary "
         "table that stays in its file save memory.",
-        ((node("Cache", method="SCM", level="slow"),),), "demo-image-quantized", PAPER, loader={"format": "int8"},
+        ((node("Cache", method="SCM", level="slow", warmup=0, tail=0),),), "demo-image-quantized", PAPER, loader={"format": "int8"},
         encoder={"vocabulary": "rows from the file"},
     ),
     Workflow(

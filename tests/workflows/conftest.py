@@ -1,8 +1,6 @@
 """Shared by the tests of workflow files: the node schemas of the real ComfyUI, and the shipped files."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,19 +13,13 @@ WORKFLOWS = ROOT / "workflows"
 
 @pytest.fixture(scope="session")
 def object_info() -> dict[str, Any]:
-    """What the server answers to /object_info, from the node classes themselves.
-
-    A process of its own: ComfyUI reads its command line on import, and its modules stay loaded.
-    """
+    """What the server answers to /object_info."""
     comfyui = ROOT / ".comfyui"
     if not (comfyui / "main.py").exists():
         pytest.skip("needs .comfyui: run scripts/bootstrap.py --dev")
-    dump = ROOT / "scripts" / "dump_object_info.py"
-    result = subprocess.run(
-        [sys.executable, str(dump), str(comfyui), str(ROOT)], capture_output=True, text=True, check=False, timeout=180
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    from stretto.scripts.shipped_workflows.schemas import object_info as read
+
+    return read(comfyui)
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +39,12 @@ def workflow_files() -> list[Path]:
 def shipped(request: pytest.FixtureRequest) -> dict[str, Any]:
     """One shipped workflow after the other."""
     return json.loads(request.param.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def comfyui_folders(object_info: dict[str, Any]) -> set[str]:
+    """The names of ComfyUI's model folders, read from its source: no second ComfyUI is imported for that."""
+    import re
+
+    text = (ROOT / ".comfyui" / "folder_paths.py").read_text(encoding="utf-8")
+    return set(re.findall(r'folder_names_and_paths\["(\w+)"\]', text))
