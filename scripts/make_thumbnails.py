@@ -5,6 +5,7 @@
 
 Without --server a ComfyUI is started for it. Each thumbnail shows four prompts (a clip as a row of frames) and, below,
 one cell per step: computed, computed in part (sparse attention, active regions, a smaller latent), forecast or reused.
+Workflows whose models have to be downloaded do not run here: they get a card with their nodes and their graph.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from load_pack import load_pack
 
 sys.path.remove(str(ROOT))
 load_pack()
+from stretto.scripts.shipped_workflows.card import draw_card  # noqa: E402
+from stretto.scripts.shipped_workflows.catalogue import WORKFLOWS  # noqa: E402
 from stretto.web.panel.measure import arms as edit  # noqa: E402
 from stretto.web.panel.measure.client import ComfyClient  # noqa: E402
 from stretto.web.panel.measure.errors import MeasureError  # noqa: E402
@@ -113,7 +116,12 @@ def make(client: ComfyClient, path: Path) -> None:
             "sparse" if any(entry[name] is not None for name in shares) or 0 < size < max(tokens) else entry["decision"]
             for entry, size in zip(entries, tokens)
         ]
-    draw(pictures, decisions).save(path.with_suffix(".jpg"), quality=88, optimize=True)
+    save(draw(pictures, decisions), path)
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Put a thumbnail beside its workflow."""
+    picture.save(path.with_suffix(".jpg"), quality=88, optimize=True)
     say(f"{path.with_suffix('.jpg').relative_to(ROOT)}")
 
 
@@ -123,9 +131,17 @@ def main() -> int:
     parser.add_argument("--server", metavar="URL", help="address of a running ComfyUI with the pack")
     parser.add_argument("--only", default="*.json", metavar="PATTERN", help="files to draw (default: all of them)")
     arguments = parser.parse_args()
+    paths = sorted((ROOT / "workflows").glob(arguments.only))
+    cards = {workflow.name: workflow for workflow in WORKFLOWS if not workflow.model.demo}
+    for path in paths:
+        if path.stem in cards:
+            save(draw_card(cards[path.stem], json.loads(path.read_text(encoding="utf-8"))), path)
+    pending = [path for path in paths if path.stem not in cards]
+    if not pending:
+        return 0
     try:
         with server(arguments.server) as address, ComfyClient(address) as client:
-            for path in sorted((ROOT / "workflows").glob(arguments.only)):
+            for path in pending:
                 make(client, path)
     except (SetupError, MeasureError) as error:
         print(error, file=sys.stderr)

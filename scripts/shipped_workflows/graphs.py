@@ -271,9 +271,15 @@ def _region(parts: Parts) -> None:
     parts.graph.add(REPORT, "PreviewImage", "Where the model worked", images=[drawn, 0])
 
 
+def _watched(parts: Parts, kind: str, **settings: Any) -> str:
+    """A node that samples once and watches, with another seed than the picture's."""
+    run = _run(parts.family) | {"seed": 2}
+    return parts.graph.add(FASTER, kind, model=parts.models[0], **run, **_ends(parts), **settings)
+
+
 def _calibrate(parts: Parts) -> None:
     """Record a run, name the quality, get the cache's settings."""
-    profile = parts.graph.add(FASTER, "StrettoProfile", model=parts.models[0], **_run(parts.family) | {"seed": 2}, **_ends(parts))
+    profile = _watched(parts, "StrettoProfile")
     preset = parts.graph.add(FASTER, "StrettoCalibrate", profile=[profile, 0], vae=parts.vae, **parts.workflow.settings)
     given = {"StrettoCache": {"calibrated": [preset, 0]}}
     _finish(parts, _chain(parts, parts.models[0], parts.workflow.chains[0], given))
@@ -281,7 +287,7 @@ def _calibrate(parts: Parts) -> None:
 
 def _find_plan(parts: Parts) -> None:
     """Look at a run, search for a plan of attention, follow it."""
-    probe = parts.graph.add(FASTER, "StrettoAttentionProbe", model=parts.models[0], **_run(parts.family) | {"seed": 2}, **_ends(parts))
+    probe = _watched(parts, "StrettoAttentionProbe")
     plan = parts.graph.add(FASTER, "StrettoAttentionSearch", probe=[probe, 0], vae=parts.vae, **parts.workflow.settings)
     given = {"StrettoAttentionPlan": {"found": [plan, 0]}}
     _finish(parts, _chain(parts, parts.models[0], parts.workflow.chains[0], given))
@@ -289,9 +295,7 @@ def _find_plan(parts: Parts) -> None:
 
 def _block_probe(parts: Parts) -> None:
     """What each block is worth, and a schedule that reuses the cheapest ones."""
-    probe = parts.graph.add(
-        FASTER, "StrettoBlockProbe", model=parts.models[0], **_run(parts.family) | {"seed": 2}, **_ends(parts), **parts.workflow.settings
-    )
+    probe = _watched(parts, "StrettoBlockProbe", **parts.workflow.settings)
     parts.graph.add(FASTER, "PreviewImage", "What each block is worth", images=[probe, 2])
     given = {"StrettoCacheSchedule": {"schedule": [probe, 0]}}
     _finish(parts, _chain(parts, parts.models[0], parts.workflow.chains[0], given))
@@ -299,7 +303,7 @@ def _block_probe(parts: Parts) -> None:
 
 def _quantize(parts: Parts) -> None:
     """Measure how much each layer minds fewer bits, and make a file within a budget."""
-    profile = parts.graph.add(FASTER, "StrettoProfile", model=parts.models[0], **_run(parts.family) | {"seed": 2}, **_ends(parts))
+    profile = _watched(parts, "StrettoProfile")
     statistics = parts.graph.add(FASTER, "StrettoQuantizationStatistics", profile=[profile, 0])
     file = parts.family.models[0]
     made = parts.graph.add(
@@ -311,9 +315,8 @@ def _quantize(parts: Parts) -> None:
 def _dynamic(parts: Parts) -> None:
     """A sampler that drops latent frames where the coming clip is calm, and a decoder that makes up for them."""
     model = _chain(parts, parts.models[0], parts.workflow.chains[0])
-    run = parts.graph.add(
-        SAMPLING, "StrettoDynamicFrameRate", model=model, vae=parts.vae, **_ends(parts), **_run(parts.family), **parts.workflow.settings
-    )
+    settings = _run(parts.family) | parts.workflow.settings
+    run = parts.graph.add(SAMPLING, "StrettoDynamicFrameRate", model=model, vae=parts.vae, **_ends(parts), **settings)
     _saved(parts, _decoded(parts, [run, 0], "StrettoDynamicVAEDecode"))
     _reported(parts, [run, 0])
 
@@ -337,7 +340,7 @@ _RECIPES = {
     "plain": (_plain, ()),
     "custom": (_custom, ()),
     "experts": (_experts, ()),
-    "region": (_region, ()),
+    "region": (_region, ("StrettoRegionMap",)),
     "calibrate": (_calibrate, ("StrettoProfile", "StrettoCalibrate")),
     "find-plan": (_find_plan, ("StrettoAttentionProbe", "StrettoAttentionSearch")),
     "block-probe": (_block_probe, ("StrettoBlockProbe",)),

@@ -1,7 +1,7 @@
-"""What the workflows load: file names, addresses and folders as ComfyUI's own templates state them, and how each model is sampled."""
+"""What the workflows load: files, addresses and folders as ComfyUI's own templates state them, and how models are sampled."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 _HUGGING_FACE = "https://huggingface.co/"
@@ -87,13 +87,14 @@ class Family:
 
     def changed(self, **values: Any) -> Family:
         """Return this family with other values."""
-        from dataclasses import replace
-
         return replace(self, **values)
 
 
 _PICTURE = "a lighthouse on a cliff in the rain at dusk, warm light in its windows, long exposure of the sea, photograph"
-_CLIP = "A lighthouse on a cliff in heavy rain at dusk. Waves break on the rocks, the beam turns slowly, gulls cross the frame. The camera moves along the coast."
+_CLIP = (
+    "A lighthouse on a cliff in heavy rain at dusk. Waves break on the rocks, the beam turns slowly, gulls cross the "
+    "frame. The camera moves along the coast."
+)
 _BAD = "blurred, overexposed, static, distorted, watermark, subtitles, worst quality"
 _VIDEO = "EmptyHunyuanLatentVideo"
 
@@ -133,7 +134,7 @@ FAMILIES = {
         "the demo image model", (), (), "", None, (64, 64), 28, 5.0, prompt="fluent red heart", demo="image",
     ),
     "demo-video": Family(
-        "the demo video model", (), (), "", None, (64, 64, 33), 28, 5.0, shift=("ModelSamplingSD3", 3.0), fps=8.0,
+        "the demo video model", (), (), "", None, (64, 64, 17), 28, 5.0, shift=("ModelSamplingSD3", 3.0), fps=8.0,
         latent=_VIDEO, prompt="fluent blue heart", demo="video",
     ),
 }

@@ -8,10 +8,12 @@ ROOT = Path(__file__).resolve().parents[2]
 MEDIA = ("image", "video")
 KINDS = ("plain", "taylor", "easycache", "fitted")
 ACCELERATED = KINDS[1:]
-#: Workflows that the tests of the kinds leave out, by name. Calibrating, searching for a plan, and measuring what rounding each
-#: layer does take dozens of runs: other tests do them in short.
+#: Workflows of models that have to be downloaded: they open, and name their files, but cannot run here.
+MODELS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json") if not path.stem.startswith("demo-"))
+#: Demo workflows that the tests of the kinds leave out, by name. Calibrating, searching for a plan, and measuring what
+#: rounding each layer does take dozens of runs: other tests do them in short.
 OTHERS = sorted(
-    {path.stem for path in (ROOT / "workflows").glob("*.json")}
+    {path.stem for path in (ROOT / "workflows").glob("demo-*.json")}
     - {f"demo-{medium}-{kind}" for medium in MEDIA for kind in KINDS}
     - {"demo-image-calibrate", "demo-image-quantize", "demo-video-find-plan"}
 )

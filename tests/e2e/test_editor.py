@@ -149,7 +149,7 @@ def test_the_template_browser_offers_our_workflows(editor):
     editor.wait_for_timeout(1000)
     editor.screenshot(path=SCREENSHOTS / "templates.png")
     dialog.get_by_text("demo-image-plain", exact=True).hover()
-    for _ in range(40):  # cards are made as one scrolls
+    for _ in range(80):  # cards are made as one scrolls
         seen |= {name for name in wanted if dialog.get_by_text(name, exact=True).count()}
         if seen == wanted:
             break

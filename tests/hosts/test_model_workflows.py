@@ -38,12 +38,18 @@ NETWORKS = {
 #: Sizes below which nodes are off; a tiny run is below all of them.
 THRESHOLDS = {"min_tokens": 0, "min_side": 2}
 #: Latents of the runs: as small as lets every method draw its pattern.
-SMALL = {"flux": (16, 32, 32), "sd35": (16, 16, 16), "qwen-image": (16, 1, 16, 16), "z-image": (16, 16, 16), "ltx": (128, 3, 6, 6)}
+SMALL = {
+    "flux": (16, 32, 32),
+    "sd35": (16, 16, 16),
+    "qwen-image": (16, 1, 16, 16),
+    "z-image": (16, 16, 16),
+    "ltx": (128, 3, 6, 6),
+}
 SMALL_CLIP = (16, 5, 16, 16)
 REAL = [workflow for workflow in WORKFLOWS if not workflow.model.demo]
 
 
-class Enough(Exception):  # noqa: N818  (it ends a run that has told what was asked)
+class Enough(Exception):
     """Raised where sampling would begin."""
 
 
@@ -88,7 +94,11 @@ def with_techniques(api, model_link, model, **changes):
         return shifts[entry["class_type"]]().patch(model, **values)[0]
     declared = ours[entry["class_type"]].define_schema().inputs
     values = {item.id: item.default for item in declared if getattr(item, "default", None) is not None} | values
-    values |= {item.id: item.options[0] for item in declared if hasattr(item, "options") and item.id not in values and item.options}
+    values |= {
+        item.id: item.options[0]
+        for item in declared
+        if hasattr(item, "options") and item.id not in values and item.options
+    }
     values |= {name: value for name, value in changes.items() if name in values}
     return ours[entry["class_type"]].execute(model=model, **values).result[0]
 
@@ -113,17 +123,30 @@ def run(workflow, entry, model, network, shape):
     if entry["class_type"] == "SamplerCustom":
         sigmas = nodes_lt.LTXVScheduler.execute(family.steps, 2.05, 0.95, True, 0.1, {"samples": latent}).result[0]
         sampler = comfy.samplers.sampler_object(family.sampler)
-        return comfy.sample.sample_custom(model, noise, family.cfg, sampler, sigmas, *words, latent, disable_pbar=True, seed=1)
+        return comfy.sample.sample_custom(
+            model, noise, family.cfg, sampler, sigmas, *words, latent, disable_pbar=True, seed=1
+        )
     part = {}
     if entry["class_type"] == "KSamplerAdvanced":
         last = inputs["end_at_step"]
         part = {
-            "start_step": inputs["start_at_step"], "last_step": min(last, inputs["steps"]),
-            "disable_noise": inputs["add_noise"] == "disable", "force_full_denoise": inputs["return_with_leftover_noise"] == "disable",
-        }  # fmt: skip
+            "start_step": inputs["start_at_step"],
+            "last_step": min(last, inputs["steps"]),
+            "disable_noise": inputs["add_noise"] == "disable",
+            "force_full_denoise": inputs["return_with_leftover_noise"] == "disable",
+        }
     return comfy.sample.sample(
-        model, noise, inputs["steps"], inputs["cfg"], inputs["sampler_name"], inputs["scheduler"], *words, latent,
-        disable_pbar=True, seed=1, **part,
+        model,
+        noise,
+        inputs["steps"],
+        inputs["cfg"],
+        inputs["sampler_name"],
+        inputs["scheduler"],
+        *words,
+        latent,
+        disable_pbar=True,
+        seed=1,
+        **part,
     )
 
 
@@ -183,7 +206,7 @@ def test_it_runs_to_the_end_with_every_technique_on(workflow, tiny, known):
 NOT_IN_PLANS = {
     "StrettoProfile", "StrettoCalibrate", "StrettoAttentionProbe", "StrettoAttentionSearch", "StrettoBlockProbe",
     "StrettoQuantizationStatistics", "StrettoQuantize", "StrettoDynamicFrameRate", "StrettoDynamicVAEDecode",
-    "StrettoFrameSchedule", "StrettoDynamicVAEEncode",
+    "StrettoFrameSchedule", "StrettoDynamicVAEEncode", "StrettoRegionMap",
 }  # fmt: skip
 
 
@@ -213,9 +236,17 @@ def test_recorded_runs_are_possible_on_the_family(workflow, tiny):
     values = {key: value for key, value in entry["inputs"].items() if not isinstance(value, list)} | {"steps": 4}
     values |= {key: value for key, value in {"count": 1, "probes": 1}.items() if key in values}
     declared = classes()[0][entry["class_type"]].define_schema().inputs
-    values |= {item.id: item.default for item in declared if getattr(item, "default", None) is not None and item.id not in values}
+    values |= {
+        item.id: item.default
+        for item in declared
+        if getattr(item, "default", None) is not None and item.id not in values
+    }
     shape = SMALL.get(workflow.family, SMALL_CLIP)
-    ends = {"positive": conditioning(3, network), "negative": conditioning(4, network), "latent_image": {"samples": torch.zeros(1, *shape)}}
+    ends = {
+        "positive": conditioning(3, network),
+        "negative": conditioning(4, network),
+        "latent_image": {"samples": torch.zeros(1, *shape)},
+    }
     found = classes()[0][entry["class_type"]].execute(model=model, **ends, **values).result
     assert len(found) == len(classes()[0][entry["class_type"]].define_schema().outputs)
     assert host.TRACES.of_prompt(None)[-1]["outcome"] == "completed"

@@ -2,13 +2,14 @@
 
 import json
 import re
+from itertools import permutations
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
 from stretto.acceleration.compatibility import add_request, compatible
-from stretto.acceleration.plan import Plan
+from stretto.acceleration.plan import Plan, Request
 from stretto.scripts.shipped_workflows.catalogue import WORKFLOWS
 from stretto.scripts.shipped_workflows.drawing import draw, dump
 from stretto.scripts.shipped_workflows.models import FILES
@@ -19,8 +20,8 @@ REAL = [workflow for workflow in WORKFLOWS if not workflow.model.demo]
 FAMILIES = {"flux", "sd35", "qwen-image", "z-image", "wan21", "wan22", "hunyuan-video", "ltx"}
 LOADERS = ("UNETLoader", "CheckpointLoaderSimple", "VAELoader", "CLIPLoader", "DualCLIPLoader", "StrettoLoadDiffusionModel",
            "StrettoLoadTextEncoder", "StrettoQuantize")
-FOLDERS = {"UNETLoader": "diffusion_models", "StrettoLoadDiffusionModel": "diffusion_models", "StrettoQuantize": "diffusion_models",
-           "VAELoader": "vae", "CheckpointLoaderSimple": "checkpoints"}
+FOLDERS = {"UNETLoader": "diffusion_models", "StrettoLoadDiffusionModel": "diffusion_models", "VAELoader": "vae",
+           "StrettoQuantize": "diffusion_models", "CheckpointLoaderSimple": "checkpoints"}
 
 
 def ui_of(workflow):
@@ -76,7 +77,8 @@ def test_every_file_says_where_it_comes_from_and_where_it_goes(described, object
     for node in ui["nodes"]:
         models = node["properties"].get("models", [])
         assert bool(models) == (node["type"] in LOADERS), node["type"]
-        named = [value for value in node.get("widgets_values", ()) if isinstance(value, str) and value.endswith((".safetensors", ".sft"))]
+        texts = [value for value in node.get("widgets_values", ()) if isinstance(value, str)]
+        named = [text for text in texts if text.endswith((".safetensors", ".sft"))]
         assert named == [entry["name"] for entry in models]
         for entry in models:
             assert set(entry) == {"name", "url", "directory"}
@@ -132,8 +134,6 @@ def test_every_node_stands_in_one_group_and_groups_stand_apart(described):
 @every
 def test_the_stack_is_legal(described):
     """Every chain, in any order, is one plan."""
-    from itertools import permutations
-
     for chain in described.chains:
         names = [TECHNIQUES[entry.kind] for entry in chain]
         assert all(compatible(*pair) for pair in permutations(names, 2))
@@ -156,9 +156,7 @@ TECHNIQUES = {
 
 def request(name):
     """A request of a technique with its defaults."""
-    from stretto.acceleration.plan import Request
-
-    settings = {"attention_plan": {"plan": "DiTFastAttn"}}.get(name, {})
+    settings = {"attention_plan": {"schedule": "DiTFastAttn"}}.get(name, {})
     return Request(name, settings)
 
 
