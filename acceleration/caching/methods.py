@@ -93,6 +93,17 @@ METHODS = {
         Method(
             "DBCache", BLOCKS, "threshold", "reuse", "DBCache of cache-dit", "residual", True, before=None, after=None
         ),
+        Method(
+            "DBCache-Taylor",
+            BLOCKS,
+            "threshold",
+            "newton",
+            "DBCache of cache-dit with its TaylorSeer calibrator",
+            "residual",
+            True,
+            before=None,
+            after=None,
+        ),
         Method("DiCache", BLOCKS, "accumulate", "aligned", "DiCache, arXiv 2508.17356", "trajectory", residual=True),
         Method("AdaCache", BLOCKS, "codebook", "reuse", "AdaCache, arXiv 2411.02397", "drift", residual=True),
         Method("LazyCache", DENOISED, "accumulate", "reuse", "LazyCache of ComfyUI, before guidance", "rate"),

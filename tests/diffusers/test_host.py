@@ -41,7 +41,7 @@ ENGAGED = {
     for name, method in METHODS.items()
     if method.policy != "magnitude" and name not in ("PAB", "FORA modules", "TaylorSeer modules")
 }
-WAYS = ("Taylor", "EasyCache", "DBCache", "LazyCache")
+WAYS = ("Taylor", "EasyCache", "DBCache-Taylor", "LazyCache")
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 

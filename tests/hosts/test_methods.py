@@ -25,6 +25,7 @@ LIVELY = {
     "MagCache": {"threshold": 0.2},
     "FBCache": {"threshold": 1.0, "max_skips": 3},
     "DBCache": {"threshold": 1.0, "max_skips": 3, "first_blocks": 1, "last_blocks": 1},
+    "DBCache-Taylor": {"threshold": 1.0, "max_skips": 3, "first_blocks": 1, "last_blocks": 1},
     "SpeCa": {"threshold": 9.0, "max_skips": 3},
     "DiCache": {"threshold": 0.95, "max_skips": 3},
     "AdaCache": {"threshold": 0.6, "interval": 4},

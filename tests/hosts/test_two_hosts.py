@@ -100,6 +100,7 @@ SETTINGS = {
     "FBCache": Request("cache", {"method": "FBCache", "threshold": 0.1, "warmup": 2, "tail": 1}),
     "TeaCache": Request("cache", {"method": "TeaCache", "threshold": 0.1, "warmup": 1, "tail": 1}),
     "DBCache": Request("cache", {"method": "DBCache", "threshold": 0.1, "first_blocks": 1, "last_blocks": 1, "tail": 1}),
+    "DBCache-Taylor": Request("cache", {"method": "DBCache-Taylor", "threshold": 0.1, "coordinate": "logsnr", "tail": 0}),
     "CG-Taylor": Request("cache", {"method": "CG-Taylor", "threshold": 0.05, "warmup": 6, "tail": 1}),
     "DiCache": Request("cache", {"method": "DiCache", "threshold": 0.1, "warmup": 6, "tail": 1}),
     "AdaCache": Request("cache", {"method": "AdaCache", "threshold": 0.02, "interval": 4, "warmup": 2, "tail": 1}),
