@@ -4,8 +4,8 @@
         picture = pipe("a lighthouse").images[0]
     print(run.trace["totals"])
 
-Nothing of diffusers is replaced: while the ``with`` lasts, ``forward`` of the transformer and of its blocks is wrapped on
-the instances, whatever already stands there included, and given back at its end, however it ends. Neither ComfyUI nor
+Nothing of diffusers is replaced: while the ``with`` lasts, ``forward`` of the transformer, its blocks and attentions is wrapped
+on the instances, whatever already stands there included, and given back at its end, however it ends. Neither ComfyUI nor
 diffusers is imported.
 """
 
@@ -13,39 +13,26 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..compatibility import TECHNIQUES, add_request
+from ..compatibility import add_request
 from ..errors import ConflictError, StrettoError
-from ..facts import OFF, Facts, Outcome
-from ..models import BlockSite
-from ..models.diffusers import TRANSFORMERS, LatentDescriptor, Transformer, transformer_of
+from ..facts import Facts
+from ..models import BlockSite, ModulePart
+from ..models.diffusers import Transformer, transformer_of
 from ..plan import Plan, Request
-from ..resolve import Execution, resolve
 from ..sampling import SamplerTraits, schedule_of
 from .device import free_memory
+from .diffusers_attention import attend
 from .diffusers_levels import Levels, given_levels, levels_of, place, scheduler_traits
+from .diffusers_plan import as_reachable, foreign_cache, parameters, resolve_here
 from .diffusers_run import Asked, Run
 from .trace_store import TraceStore
 
-#: Techniques that work here; the others answer "off" with the reason.
-SUPPORTED = ("measure", "cache")
 #: Transformers of a pipeline: Wan 2.2 has two experts.
 COMPONENTS = ("transformer", "transformer_2")
-#: Hooks of diffusers that skip parts of a network.
-SKIPPING_HOOKS = frozenset(
-    {
-        "fbc_leader_block_hook",
-        "mag_cache_leader_block_hook",
-        "taylorseer_cache",
-        "pyramid_attention_broadcast",
-        "faster_cache_denoiser",
-        "faster_cache_block",
-    }
-)
 log = logging.getLogger("stretto")
 
 #: The run and the network call in progress, for the blocks.
@@ -175,6 +162,7 @@ class _Attachment:
         self.run: Run | None = None
         self.order: tuple[str, ...] = ()
         self._restore: list[Callable[[], None]] = []
+        self._reached: set[str] = set()
         self._active = self._told = False
 
     def attach(self) -> None:
@@ -184,10 +172,10 @@ class _Attachment:
                 f"accelerate: this {type(self.network).__name__} is already accelerated; leave the other `with` first, "
                 "or put all requests into one plan"
             )
-        obstacle = _foreign_cache(self.network) if self.owner.plan.of("cache") else ""
+        obstacle = foreign_cache(self.network) if self.owner.plan.of("cache") else ""
         if obstacle:
             raise ConflictError(obstacle)
-        self.order = _parameters(self.network)
+        self.order = parameters(self.network)
         self._active = True
         self._wrap(self.network, self._network_forward)
 
@@ -199,6 +187,7 @@ class _Attachment:
                 self.run.finish(outcome)
         finally:
             self.run = None
+            self._reached.clear()
             while self._restore:
                 self._restore.pop()()
 
@@ -271,7 +260,8 @@ class _Attachment:
         """Resolve the plan for a run that begins now."""
         owner, network = self.owner, self.network
         traits = scheduler_traits(owner.scheduler, levels) if owner.levels is None else SamplerTraits("given")
-        known, obstacle = _as_reachable(self.known, network)
+        known, obstacle = as_reachable(self.known, network)
+        known = known.with_sides(asked.arguments, asked.latent_shape) if known else None
         facts = Facts(
             network=network,
             descriptor=known.descriptor if known else None,
@@ -282,19 +272,37 @@ class _Attachment:
             element_bytes=asked.latent.element_size(),
             free_bytes=free_memory(asked.latent.device),
             free_system_bytes=free_memory(torch.device("cpu")),
-            modules_in_place=False,
         )
-        execution = _resolve(owner.plan, facts, obstacle)
+        execution = resolve_here(owner.plan, facts, obstacle)
         for outcome in execution.outcomes:
             log.info("%s: %s. %s", outcome.technique, outcome.status, outcome.reason)
         scale, device = _scale(owner.pipeline), asked.latent.device
         run = Run(network, known, levels, facts, execution, owner.plan, owner._keep, scale, device)
-        if execution.needs_blocks and len(self._restore) == 1:
-            lists = dict(known.descriptor.block_lists)
-            for site in run.state.sites.values():
-                block = getattr(network, lists[site.kind])[site.index]
-                self._wrap(block, functools.partial(_block_forward, network, site, known, _parameters(block)))
+        if execution.needs_blocks:
+            self._reach_blocks(run)
+        if run.state.inside_attention:
+            self._reach_attention(known)
         return run
+
+    def _reach_blocks(self, run: Run) -> None:
+        """Wrap the blocks, once."""
+        if "blocks" in self._reached:
+            return
+        self._reached.add("blocks")
+        network, lists = self.network, dict(run.known.descriptor.block_lists)
+        for site in run.state.sites.values():
+            block = getattr(network, lists[site.kind])[site.index]
+            self._wrap(block, functools.partial(_block_forward, network, site, run.known, parameters(block)))
+
+    def _reach_attention(self, known: Transformer) -> None:
+        """Wrap the self-attentions inside the blocks, once."""
+        if "attention" in self._reached:
+            return
+        self._reached.add("attention")
+        for site in known.descriptor.module_sites(self.network):
+            for part in site.parts:
+                around = functools.partial(_module_forward, self.network, part)
+                self._wrap(self.network.get_submodule(part.path), around)
 
 
 def _block_forward(
@@ -330,81 +338,13 @@ def _block_forward(
     return made if len(made) > 1 else made[0]
 
 
-def _resolve(plan: Plan, facts: Facts, obstacle: str) -> Execution:
-    """Resolve what can run in this host; all else is off with the reason."""
-    outcomes = []
-    for name, technique in TECHNIQUES.items():
-        for request in plan.of(name):
-            reason = obstacle if name != "measure" else ""
-            if name not in SUPPORTED:
-                reason = f"{technique.label(request)} works in ComfyUI only so far; here {' and '.join(SUPPORTED)} do"
-            if not reason:
-                outcomes += resolve(Plan((request,)), facts).outcomes
-                continue
-            if request.required:
-                raise StrettoError(f"{technique.label(request)} is marked as required but cannot run: {reason}.")
-            outcomes.append(Outcome(name, OFF, reason))
-    return Execution(tuple(outcomes))
-
-
-def _as_reachable(known: Transformer | None, network: Any) -> tuple[Transformer | None, str]:
-    """Return the transformer as its instance can be reached, and why nothing can be done with it, "" where something can."""
-    if known is None:
-        families = ", ".join(name for each in TRANSFORMERS for name in each.descriptor.networks)
-        return None, f"the transformer {type(network).__name__} is not supported (supported: {families})"
-    if getattr(network, "_compiled_call_impl", None) is not None:
-        return known, "the transformer is compiled as a whole: accelerate it first, or compile nothing"
-    blocks = [block for _, name in known.descriptor.block_lists for block in getattr(network, name, ())]
-    closed = ""
-    if not blocks or any("hidden_states" not in _parameters(block) for block in blocks):
-        closed = "this version of diffusers has other blocks in it"
-    elif any(("encoder_hidden_states" not in _parameters(block)) for block in blocks if len(known.returns) > 1):
-        closed = "this version of diffusers keeps picture and text in one stream"
-    elif any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks):
-        closed = "its blocks are compiled one by one"
-    elif any(_offloaded_in_groups(block) for block in blocks):
-        closed = "its blocks are moved to the device in groups, one ahead of the other"
-    if not closed:
-        return known, ""
-    descriptor: LatentDescriptor = replace(known.descriptor, block_lists=(), no_blocks=closed)
-    return replace(known, descriptor=descriptor), ""
-
-
-def _offloaded_in_groups(block: torch.nn.Module) -> bool:
-    return "group_offloading" in _hooks(block)
-
-
-def _hooks(module: torch.nn.Module) -> set[str]:
-    """Names of the hooks of diffusers on a module and inside it."""
-    registries = (getattr(inner, "_diffusers_hook", None) for inner in module.modules())
-    return {name for registry in registries if registry is not None for name in getattr(registry, "hooks", {})}
-
-
-def _foreign_cache(network: Any) -> str:
-    """Return why a cache of somebody else's stands in the way, "" where none does."""
-    hooks = sorted(_hooks(network) & SKIPPING_HOOKS)
-    if hooks or getattr(network, "is_cache_enabled", False):
-        return (
-            f"Stretto Cache and a cache of diffusers ({hooks[0] if hooks else 'enable_cache'}) are on the same transformer; "
-            "both would skip steps. Call its disable_cache() first, or remove the hook."
-        )
-    if getattr(network, "_is_cached", False):
-        return (
-            "Stretto Cache and cache-dit are on the same transformer; both would skip steps. Disable cache-dit first."
-        )
-    return ""
-
-
-def _parameters(module: torch.nn.Module) -> tuple[str, ...]:
-    """Names of the arguments of a module's own ``forward``, in order, without ``self``."""
-    code = _unwrapped(type(module).forward).__code__
-    return code.co_varnames[1 : code.co_argcount]
-
-
-def _unwrapped(function: Any) -> Any:
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function
+def _module_forward(network: Any, part: ModulePart, original: Callable, args: tuple, kwargs: dict) -> Any:
+    """One self-attention inside a block, offered to the sessions where the call in progress has any for it."""
+    found = _CALL.get()
+    if found is None or found[0].network is not network or not found[0].state.inside_attention:
+        return original(*args, **kwargs)
+    run, call = found
+    return attend(run.state, call, part, lambda: original(*args, **kwargs))
 
 
 def _guides(pipeline: Any) -> bool:

@@ -3,14 +3,16 @@
 Family and variant names are those of ComfyUI's networks, so presets of one host hold in the other.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from . import flux, sd3, wan
 from .descriptor import ModelDescriptor
+from .modules import ATTN, Layout
 
 #: How a latent lies in memory: [B, C, (T,) H, W], [B, T, C, H, W], or [B, N, C] with one row per token.
 PLANES, FRAMES_FIRST, PACKED = "planes", "frames first", "packed"
@@ -20,18 +22,28 @@ IMAGE, IMAGE_TEXT, TEXT_IMAGE = ("img",), ("img", "txt"), ("txt", "img")
 
 @dataclass(frozen=True)
 class LatentDescriptor(ModelDescriptor):
-    """A descriptor whose latents may be packed or have their frames first."""
+    """A descriptor whose latents may be packed or have their frames first.
+
+    Attributes:
+        latents: how they lie in memory.
+        sides: (t, h, w) of packed ones, where a run's arguments tell them; None elsewhere.
+    """
 
     latents: str = PLANES
+    sides: tuple[int, int, int] | None = None
 
     def grid(self, network: Any, latent_shape: Sequence[int]) -> tuple[int, int, int]:
-        """Return the (t, h, w) token grid; packed latents do not tell their sides and count as one row."""
+        """Return the (t, h, w) token grid; packed latents of unknown sides count as one row."""
         if self.latents == PACKED:
-            return 1, 1, latent_shape[1]
+            return self.sides or (1, 1, latent_shape[1])
         if self.latents == FRAMES_FIRST:
             batch, frames, channels, *sides = latent_shape
             latent_shape = batch, channels, frames, *sides
         return super().grid(network, latent_shape)
+
+    def heads(self, network: Any) -> int:
+        """Return the number of attention heads, as the network's configuration tells it."""
+        return network.config.num_attention_heads
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Transformer:
             the conditional one first.
         timestep: (value that the network is given, number of training timesteps) -> the scheduler's timestep.
         sign: what the pipeline multiplies the prediction with before the scheduler sees it.
+        sides: (arguments of a call) -> (t, h, w) of its packed tokens, None where they do not tell.
     """
 
     descriptor: LatentDescriptor
@@ -52,6 +65,14 @@ class Transformer:
     batched: tuple[str, ...] = ()
     timestep: Callable[[float, float], float] = lambda given, train: given
     sign: float = 1.0
+    sides: Callable[[Mapping[str, Any]], tuple[int, int, int] | None] = lambda arguments: None
+
+    def with_sides(self, arguments: Mapping[str, Any], latent_shape: Sequence[int]) -> "Transformer":
+        """Return the transformer with the grid that a call's arguments tell of packed latents; itself where they do not."""
+        sides = self.sides(arguments) if self.descriptor.latents == PACKED else None
+        if sides is None or math.prod(sides) != latent_shape[1]:
+            return self
+        return replace(self, descriptor=replace(self.descriptor, sides=sides))
 
     @property
     def channel_dim(self) -> int:
@@ -118,6 +139,49 @@ def _wan_variant(network: Any) -> str:
     return wan.VARIANTS.get((*sizes, kind, config.pos_embed_seq_len is not None), "")
 
 
+def _sides_of_positions(arguments: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Return the grid of FLUX's positions [N, 3] or [B, N, 3]: (picture, row, column) of each token, in raster order."""
+    ids = arguments.get("img_ids")
+    if not isinstance(ids, torch.Tensor) or ids.shape[-1] != 3:
+        return None
+    picture, rows, columns = (ids[0] if ids.ndim == 3 else ids).long().cpu().unbind(1)
+    height, width = int(rows.max()) + 1, int(columns.max()) + 1
+    raster = rows * width + columns
+    plain = height * width == len(raster) and bool((picture == picture[0]).all())
+    return (1, height, width) if plain and torch.equal(raster, torch.arange(len(raster))) else None
+
+
+def _sides_of_shapes(arguments: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Return the only shape that every item of ``img_shapes`` holds; with reference pictures there are more."""
+    given = arguments.get("img_shapes") or ()
+    shapes = [list(item) if isinstance(item, list) else [item] for item in given]
+    if not shapes or any(shape != shapes[0] for shape in shapes) or len(shapes[0]) != 1:
+        return None
+    return tuple(int(side) for side in shapes[0][0])
+
+
+def _sides_by_name(arguments: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    given = [arguments.get(name) for name in ("num_frames", "height", "width")]
+    return tuple(int(side) for side in given) if all(isinstance(side, int) for side in given) else None
+
+
+def _text_first(network: Any) -> str:
+    return "first"
+
+
+def _text_last(network: Any) -> str:
+    return "last"
+
+
+def _attention(block_lists: tuple[tuple[str, str], ...], *paths: str) -> dict[str, Any]:
+    """Descriptor fields of self-attentions that all go through torch's own function."""
+    return {
+        "block_lists": block_lists,
+        "module_lists": tuple((kind, name, (Layout((ATTN,), paths),)) for kind, name in block_lists),
+        "hooks": frozenset({"block_replace", "attention_override"}),
+    }
+
+
 _BLOCKS = (("double_block", "transformer_blocks"),)
 _DOUBLE_AND_SINGLE = (*_BLOCKS, ("single_block", "single_transformer_blocks"))
 #: diffusers splits picture and text again after every block, single ones included.
@@ -128,7 +192,8 @@ TRANSFORMERS: tuple[Transformer, ...] = (
         LatentDescriptor(
             family="sd3",
             networks=("SD3Transformer2DModel",),
-            block_lists=_BLOCKS,
+            **_attention(_BLOCKS, "attn", "attn2"),
+            joint_text=_text_last,
             hidden_size=_width,
             txt_out=frozenset({"double_block"}),
             patch_size=_patch,
@@ -143,7 +208,8 @@ TRANSFORMERS: tuple[Transformer, ...] = (
         LatentDescriptor(
             family="flux",
             networks=("FluxTransformer2DModel",),
-            block_lists=_DOUBLE_AND_SINGLE,
+            **_attention(_DOUBLE_AND_SINGLE, "attn"),
+            joint_text=_text_first,
             hidden_size=_width,
             txt_out=_BOTH,
             output_channels=_channels,
@@ -153,12 +219,13 @@ TRANSFORMERS: tuple[Transformer, ...] = (
         ),
         returns=TEXT_IMAGE,
         timestep=_of_train,
+        sides=_sides_of_positions,
     ),
     Transformer(
         LatentDescriptor(
             family="wan",
             networks=("WanTransformer3DModel",),
-            block_lists=(("double_block", "blocks"),),
+            **_attention((("double_block", "blocks"),), "attn1"),
             hidden_size=_width,
             patch_size=_patch,
             output_channels=_channels,
@@ -170,7 +237,8 @@ TRANSFORMERS: tuple[Transformer, ...] = (
         LatentDescriptor(
             family="qwen_image",
             networks=("QwenImageTransformer2DModel",),
-            block_lists=_BLOCKS,
+            **_attention(_BLOCKS, "attn"),
+            joint_text=_text_first,
             hidden_size=_width,
             txt_out=frozenset({"double_block"}),
             # The network counts the channels of a pixel, its packed latents those of a patch.
@@ -179,12 +247,14 @@ TRANSFORMERS: tuple[Transformer, ...] = (
         ),
         returns=TEXT_IMAGE,
         timestep=_of_train,
+        sides=_sides_of_shapes,
     ),
     Transformer(
         LatentDescriptor(
             family="hunyuan_video",
             networks=("HunyuanVideoTransformer3DModel",),
-            block_lists=_DOUBLE_AND_SINGLE,
+            **_attention(_DOUBLE_AND_SINGLE, "attn"),
+            joint_text=_text_last,
             hidden_size=_width,
             txt_out=_BOTH,
             patch_size=_patch_3d,
@@ -196,18 +266,20 @@ TRANSFORMERS: tuple[Transformer, ...] = (
         LatentDescriptor(
             family="ltxv",
             networks=("LTXVideoTransformer3DModel",),
-            block_lists=_BLOCKS,
+            **_attention(_BLOCKS, "attn1"),
             hidden_size=_width,
             output_channels=_channels,
             latents=PACKED,
         ),
         batched=("uncond", "cond"),
+        sides=_sides_by_name,
     ),
     Transformer(
         LatentDescriptor(
             family="cogvideox",
             networks=("CogVideoXTransformer3DModel",),
-            block_lists=_BLOCKS,
+            **_attention(_BLOCKS, "attn1"),
+            joint_text=_text_first,
             hidden_size=_width,
             txt_out=frozenset({"double_block"}),
             patch_size=_patch_3d,
@@ -221,7 +293,7 @@ TRANSFORMERS: tuple[Transformer, ...] = (
         LatentDescriptor(
             family="pixart",
             networks=("PixArtTransformer2DModel",),
-            block_lists=_BLOCKS,
+            **_attention(_BLOCKS, "attn1"),
             hidden_size=_width,
             patch_size=_patch,
             output_channels=_channels,
@@ -232,7 +304,7 @@ TRANSFORMERS: tuple[Transformer, ...] = (
         LatentDescriptor(
             family="dit",
             networks=("DiTTransformer2DModel",),
-            block_lists=_BLOCKS,
+            **_attention(_BLOCKS, "attn1"),
             hidden_size=_width,
             patch_size=_patch,
             output_channels=_channels,
@@ -243,7 +315,8 @@ TRANSFORMERS: tuple[Transformer, ...] = (
         LatentDescriptor(
             family="lumina2",
             networks=("Lumina2Transformer2DModel",),
-            block_lists=(("double_block", "layers"),),
+            **_attention((("double_block", "layers"),), "attn"),
+            joint_text=_text_first,
             hidden_size=lambda network: network.config.hidden_size,
             patch_size=_patch,
             output_channels=_channels,

@@ -350,7 +350,7 @@ def test_unknown_transformers_run_plainly_with_the_reason():
 
 def test_other_techniques_and_modules_are_off_with_the_reason():
     pipe = loop("SD3Transformer2DModel")
-    assert "ComfyUI only" in off_reason(pipe, Request("guidance", {}))
+    assert "works in ComfyUI only: which tokens" in off_reason(pipe, Request("region", {}))
     assert "module level is out of reach" in off_reason(pipe, Request("cache", {"method": "PAB"}))
 
 

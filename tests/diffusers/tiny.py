@@ -36,8 +36,9 @@ class Family:
 
 
 def _positions(tokens: int) -> torch.Tensor:
+    """Rows of three tokens."""
     ids = torch.zeros(tokens, 3)
-    ids[:, 2] = torch.arange(tokens)
+    ids[:, 1], ids[:, 2] = torch.arange(tokens) // 3, torch.arange(tokens) % 3
     return ids
 
 
@@ -89,7 +90,7 @@ FAMILIES = {
         lambda network, latent, text: {
             "encoder_hidden_states": text,
             "encoder_hidden_states_mask": torch.ones(len(latent), TEXT, dtype=torch.bool),
-            "img_shapes": [[(1, 4, 3)]] * len(latent),
+            "img_shapes": [[(1, latent.shape[1] // 3, 3)]] * len(latent),
         },
         timestep=lambda t: t / 1000,
     ),
@@ -114,7 +115,7 @@ FAMILIES = {
         lambda network, latent, text: {
             "encoder_hidden_states": text,
             "encoder_attention_mask": torch.ones(len(latent), TEXT),
-            "num_frames": 2, "height": 4, "width": 3,
+            "num_frames": 2, "height": latent.shape[1] // 6, "width": 3,
         },
         batched=True,
     ),

@@ -47,31 +47,33 @@ def prompt():
     return [(torch.randn(1, 12, 384, generator=generator), torch.randn(1, 384, generator=generator)) for _ in range(2)]
 
 
-def noise_of(batch):
-    return torch.randn(batch, 16, 8, 8, generator=torch.Generator().manual_seed(9))
+def noise_of(batch, side=8):
+    return torch.randn(batch, 16, side, side, generator=torch.Generator().manual_seed(9))
 
 
-def in_comfy(model, prompt, request, batch=1):
+def in_comfy(model, prompt, request, batch=1, side=8):
     """Sample with ComfyUI; return the latent as the network knows it, and the trace."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=LEVELS)
     conditionings = [[[text, {"pooled_output": pooled}]] for text, pooled in prompt]
-    noise = noise_of(batch)
+    noise, patched = noise_of(batch, side), model
+    for each in request if isinstance(request, list) else [request]:
+        patched = host.request(patched, each)
     latent = comfy.sample.sample_custom(
-        host.request(model, request), noise, CFG, comfy.samplers.sampler_object("euler"), scheduler.sigmas,
+        patched, noise, CFG, comfy.samplers.sampler_object("euler"), scheduler.sigmas,
         *conditionings, torch.zeros_like(noise), disable_pbar=True,
     )  # fmt: skip
     return model.model.process_latent_in(latent), host.TRACES.all()[-1]
 
 
-def in_diffusers(pipe, prompt, request, batch=1):
+def in_diffusers(pipe, prompt, request, batch=1, side=8):
     """Sample with diffusers; return the latent and the trace."""
     (text, pooled), (no_text, no_pooled) = ([part.repeat(batch, *[1] * (part.ndim - 1)) for part in pair] for pair in prompt)
     with accelerate(pipe, request) as run:
         latent = pipe(
             prompt_embeds=text, pooled_prompt_embeds=pooled, negative_prompt_embeds=no_text,
             negative_pooled_prompt_embeds=no_pooled, guidance_scale=CFG, sigmas=LEVELS,
-            num_inference_steps=len(LEVELS), latents=noise_of(batch), height=64, width=64, output_type="latent",
+            num_inference_steps=len(LEVELS), latents=noise_of(batch, side), height=8 * side, width=8 * side, output_type="latent",
         ).images  # fmt: skip
     return latent, run.trace
 
@@ -129,6 +131,36 @@ def test_both_hosts_decide_alike(model, pipe, prompt, name):
     if name != "measure":
         assert 3 <= comfys["totals"]["computed"] <= 17
     assert distance(theirs, ours) < 1e-5
+
+
+ATTENTIONS = {
+    "Block mass": {"method": "Block mass", "keep": 0.5},
+    "Top-k": {"method": "Top-k", "keep": 0.5},
+    "CLEAR": {"method": "CLEAR", "radius": 3},
+    "Sol": {"method": "Sol", "keep": 0.5},
+    "SLA": {"method": "SLA", "keep": 0.4},
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("cached", [False, True], ids=["alone", "beside a cache"])
+def test_both_hosts_attend_alike(model, pipe, prompt, name, cached):
+    """The same key blocks are kept, in every layer and head, though text stands on the other side of the picture."""
+    settings = {"min_tokens": 0, "block": 16, "dense_until": 0.2, **ATTENTIONS[name]}
+    requests = [Request("attention", settings, required=True), *([SETTINGS["Taylor"]] if cached else [])]
+    ours, comfys = in_comfy(model, prompt, requests, side=24)
+    theirs, other = in_diffusers(pipe, prompt, requests, side=24)
+    plain, _ = in_diffusers(pipe, prompt, SETTINGS["measure"], side=24)
+    for field in ("method", "first_sparse_step", "plan", "backends", "dense"):
+        assert comfys["attention"][field] == other["attention"][field], field
+    assert len(comfys["attention"]["layers"]) == len(other["attention"]["layers"]) == 4
+    for first, second in zip(comfys["attention"]["layers"], other["attention"]["layers"], strict=True):
+        assert first["kept"] == pytest.approx(second["kept"], rel=1e-6)
+    for first, second in zip(comfys["evaluations"], other["evaluations"], strict=True):
+        assert first["decision"] == second["decision"]
+        kept = first["attention_kept"], second["attention_kept"]
+        assert kept[0] == kept[1] or kept[0] == pytest.approx(kept[1], rel=1e-6)
+    assert distance(theirs, ours) < 1e-5 < distance(theirs, plain)
 
 
 def test_a_batch_in_both_hosts(model, pipe, prompt):
