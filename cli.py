@@ -1,8 +1,8 @@
 """Stretto's command line: measure accelerated workflows, open the panel, and make quantized checkpoints.
 
 `compare` and `panel` run in the panel's environment (requirements-panel.txt), without torch; a ComfyUI server does the work.
-`quantize`, `inspect`, `verify`, `transcode`, `combine`, `combine-search` and `prune-depth` work on files and run in ComfyUI's
-environment (torch), without a server.
+`quantize`, `inspect`, `verify`, `transcode`, `combine`, `combine-search`, `prune-depth` and `to-diffusers` work on files and run
+in ComfyUI's environment (torch), without a server.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_combine(commands)
     _add_combine_search(commands)
     _add_prune(commands)
+    _add_to_diffusers(commands)
     return parser
 
 
@@ -363,6 +364,22 @@ def _add_prune(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(handler=run_file_command, files_only=True)
 
 
+def _add_to_diffusers(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "to-diffusers",
+        help="make a diffusers pipeline folder of ComfyUI's files",
+        description="Write a transformer of SD3 or Wan and its VAE (TAESD, Wan 2.1's) as a folder that diffusers and Stretto "
+        "Load Diffusers Pipeline read. Text encoders are left out: such a pipeline takes embeddings.",
+    )
+    command.add_argument("transformer", type=Path, help="safetensors file of an SD3 or Wan transformer")
+    command.add_argument("vae", type=Path, help="safetensors file of its VAE")
+    command.add_argument("folder", type=Path, help="the folder to make, such as models/diffusers/NAME")
+    command.add_argument(
+        "--shift", type=float, default=3.0, metavar="S", help="shift of the noise levels (default: %(default)s)"
+    )
+    command.set_defaults(handler=run_file_command, files_only=True)
+
+
 def _bytes(text: str) -> int:
     units = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
     number = text.strip().lower().removesuffix("b").strip()
@@ -458,6 +475,7 @@ def run_file_command(args: argparse.Namespace) -> int:
         import torch
 
         from stretto.acceleration.errors import StrettoError
+        from stretto.acceleration.hosts.diffusers_write import run_to_diffusers
         from stretto.acceleration.quantization import command_line
         from stretto.acceleration.weights import command_line as weights
         from stretto.acceleration.weights.search_command import run_search
@@ -468,6 +486,7 @@ def run_file_command(args: argparse.Namespace) -> int:
         args.target = command_line.target_for(args.source, args.format or "int8")
     handlers = {"inspect": command_line.run_inspect, "verify": command_line.run_verify}
     handlers |= {"combine": weights.run_combine, "prune-depth": weights.run_prune, "combine-search": run_search}
+    handlers["to-diffusers"] = run_to_diffusers
     bar = _Bar()
     if "workers" in args:
         torch.set_num_threads(1)  # layers run side by side instead
