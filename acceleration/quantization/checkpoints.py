@@ -76,7 +76,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
         return open_gguf(path)
     if path.name.endswith(INDEX_SUFFIX):
-        return _opened(_shards(path))
+        return _opened(shards(path))
     return _opened([path])
 
 
@@ -90,7 +90,7 @@ def _in_folder(folder: Path) -> Path:
     return files[0]
 
 
-def _shards(index: Path) -> list[Path]:
+def shards(index: Path) -> list[Path]:
     """The shards that an index names: plain file names in its own folder, nothing else."""
     try:
         if index.stat().st_size > _MAX_INDEX:
