@@ -12,6 +12,7 @@ from .cache import StrettoCache
 from .calibrate import StrettoCalibrate
 from .combine_weights import StrettoCombineWeights
 from .demo import StrettoDemoText
+from .diffusers import StrettoDiffusersSample, StrettoLoadDiffusersPipeline
 from .frame_rate import (
     StrettoDynamicFrameRate,
     StrettoDynamicVAEDecode,
@@ -90,4 +91,6 @@ class StrettoExtension(ComfyExtension):
             StrettoRestoreFrames,
             StrettoSaveScheduledLatent,
             StrettoLoadScheduledLatent,
+            StrettoLoadDiffusersPipeline,
+            StrettoDiffusersSample,
         ]

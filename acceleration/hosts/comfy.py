@@ -37,6 +37,7 @@ from .comfy_modules import layout, modules_in_place, reach_modules, skip_hollow_
 from .comfy_region import reach_blocks, with_kept_keys
 from .comfy_resolution import ProgressiveSampler, carried_request, in_stages, with_stage_obstacle
 from .device import clock_for, peak_memory, start_peak_memory, synchronize
+from .diffusers_pipeline import Pipeline
 from .trace_store import TraceStore
 
 KEY = "stretto"
@@ -61,11 +62,13 @@ def plan_of(model: Any) -> Plan:
 
 
 def request(model: Any, wanted: Request) -> Any:
-    """Return a clone of MODEL ``model`` whose plan also holds ``wanted``.
+    """Return a clone of MODEL ``model`` whose plan also holds ``wanted``; a pipeline of diffusers is taken the same way.
 
     Raises:
         StrettoError: bad settings, or a request that cannot share the model with another.
     """
+    if isinstance(model, Pipeline):
+        return model.request(wanted)
     plan = add_request(plan_of(model), wanted)
     if wanted.technique in SKIPPING:
         _refuse_core_cache(model.model_options.get("transformer_options", {}))
@@ -151,7 +154,7 @@ def _outer_sample(executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor
         run.close()
         document = run.trace.document(outcome, elapsed(), run.overhead, memory) | sections
         document |= {"records": records} if records else {}
-        TRACES.add(*_execution_ids(), document)
+        TRACES.add(*execution_ids(), document)
 
 
 def _facts(guider: Any, noise: torch.Tensor, sampler: Any, sigmas: torch.Tensor, latent_shapes: Any) -> Facts:
@@ -217,10 +220,10 @@ def _header(plan: Plan, facts: Facts, execution: Execution, guider: Any, seed: A
 
 def current_prompt_id() -> str | None:
     """Return the id of the prompt that ComfyUI executes now, or None outside its queue."""
-    return _execution_ids()[0]
+    return execution_ids()[0]
 
 
-def _execution_ids() -> tuple[str | None, str | None]:
+def execution_ids() -> tuple[str | None, str | None]:
     """Return (prompt id, node id) of what ComfyUI executes now; (None, None) outside its queue."""
     try:
         from comfy_execution.utils import get_executing_context

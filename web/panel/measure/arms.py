@@ -18,7 +18,14 @@ from .errors import WorkflowError
 
 Api = dict[str, dict[str, Any]]
 
-SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced", "StrettoDynamicFrameRate")
+SAMPLERS = (
+    "KSampler",
+    "KSamplerAdvanced",
+    "SamplerCustom",
+    "SamplerCustomAdvanced",
+    "StrettoDynamicFrameRate",
+    "StrettoDiffusersSample",
+)
 # This pack's nodes that sample themselves and what makes them sample plainly, to the bit (layers may be a probe's link).
 SWITCHED_OFF = {"StrettoDynamicFrameRate": {"keep": 100.0, "layers": "auto"}}
 # Nodes of this pack that take a MODEL to examine it and give none.
@@ -151,6 +158,8 @@ def _text_holders(api: Api) -> list[tuple[str, str]]:
         if entry is None and is_link(inputs.get("guider")):
             guider = api.get(inputs["guider"][0], {}).get("inputs", {})
             entry = guider.get("positive", guider.get("conditioning"))
+        if entry is None and isinstance(inputs.get("prompt"), str):
+            holders.append((sampler, "prompt"))  # pipelines of diffusers read words themselves
         for name in ("text", "prompt", "value", "string"):
             key = _upstream(
                 api,
