@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--uniform", action="store_true", help="also sparse attention with one setting for all heads")
     parser.add_argument("--no-schedules", action="store_true", help="leave published schedules out")
     parser.add_argument("--save", type=Path, help="folder for the plans")
+    parser.add_argument("--out", type=Path, default=RESULTS / "attention-search.json")
     args = parser.parse_args()
     prepare(ROOT / ".comfyui")
     import tempfile
@@ -184,7 +185,7 @@ def main() -> None:
                 save_plan(files[method], row.pop("plan"))
         rows = measure(runs, arms_of(files, block, args.steps, args.uniform, not args.no_schedules), prompts[1 : 1 + args.count])
     print(table(rows))
-    path = RESULTS / "attention-search.json"
+    path = args.out
     document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     document[f"{tokens} tokens"] = {
         "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",

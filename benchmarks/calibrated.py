@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["psnr:35", "psnr:45", "ssim:0.97", "speed:1.8"])
     parser.add_argument("--forecaster", default="fitted", choices=("fitted", "line", "reuse"))
     parser.add_argument("--comfyui", type=Path, default=ROOT / ".comfyui")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
     prepare(args.comfyui)
@@ -129,7 +130,7 @@ def main() -> None:
             f"{statistics.median(medians):.3g} | {min(medians):.3g} |"
         )
     print("\n".join([f"\ndemo {args.model}, {args.forecaster}, {STEPS} Euler steps", "", *lines]))
-    out = RESULTS / f"calibrated-{args.model}.json"
+    out = args.out or RESULTS / f"calibrated-{args.model}.json"
     document = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     document[args.forecaster] = {"steps": STEPS, "cfg": CFG, "fresh_seeds": args.seeds, "targets": rows}
     out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 from caching import MODELS, RESULTS, Bench, psnr
 from module_table import sample
@@ -158,13 +159,14 @@ def main() -> None:
     parser.add_argument("--arms", default="", help="only arms whose name matches; others stay in the file")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS / "region.json")
     args = parser.parse_args()
     prepare(ROOT / ".comfyui")
     import torch
 
     torch.set_num_threads(args.threads)
     prompts = json.loads((ROOT / "demo" / MODELS["video"]["prompts"]).read_text(encoding="utf-8"))[: args.count]
-    path = RESULTS / "region.json"
+    path = args.out
     document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     document["machine"] = f"{platform.machine()}, torch {torch.__version__}, {args.threads} threads"
     with torch.inference_mode():

@@ -21,6 +21,7 @@ import re
 import statistics
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from caching import MODELS, RESULTS, Bench, psnr
 from module_table import sample
@@ -181,6 +182,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=2, help="timed rounds; 0 only compares with full attention")
     parser.add_argument("--arms", default="", help="only arms whose name matches")
+    parser.add_argument("--out", type=Path, default=RESULTS / "sparse-attention.json")
     args = parser.parse_args()
     parts = args.parts or ["quality", "speed"]
     prepare(ROOT / ".comfyui")
@@ -188,7 +190,7 @@ def main() -> None:
 
     bench = Bench("video")
     prompts = json.loads((ROOT / "demo" / MODELS["video"]["prompts"]).read_text(encoding="utf-8"))[: args.count]
-    path = RESULTS / "sparse-attention.json"
+    path = args.out
     document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     document["machine"] = f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     with torch.inference_mode():

@@ -344,16 +344,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--comfyui", type=Path, default=ROOT / ".comfyui")
+    parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     prepare(args.comfyui)
     import torch
 
-    found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     with torch.inference_mode():
         for part in args.parts:
             say(f"== {part}")
             found[part] = globals()[part]()
-            RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
