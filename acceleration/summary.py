@@ -153,7 +153,7 @@ def _prediction(trace: Trace) -> list[str]:
     if len(parts) > 1:
         lines.append(f"Predicted: {', '.join(parts)}; together {expected(trace):.2f}x.")
     elif parts and CACHING not in factors:
-        lines.append(f"Predicted: {parts[0]}, where a step's time goes by rows and pixels.")
+        lines.append(f"Predicted: {parts[0]}, by what this run's own steps took.")
     return lines
 
 

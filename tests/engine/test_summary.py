@@ -82,7 +82,7 @@ def thin(trace, alone=(), small=(), seconds=1.0):
 def test_saved_guidance_and_small_stages_are_predicted_from_rows_and_tokens():
     guided = thin(make_trace("########", techniques=[("guidance", "active")]), alone=(2, 3, 5, 6))
     assert savings(guided) == {"guidance": pytest.approx(16 / 12)}
-    assert "Predicted: guidance saved 1.33x, where a step's time goes by rows and pixels." in summary(guided)
+    assert "Predicted: guidance saved 1.33x, by what this run's own steps took." in summary(guided)
     staged = thin(make_trace("########", techniques=[("resolution", "active")]), small=(0, 1, 2, 3))
     assert savings(staged) == {"resolution": pytest.approx(8 / 5)}
     assert gain(staged, make_trace("########")).startswith("predicted 1.60x · measured 1.60x")
@@ -98,6 +98,25 @@ def test_together_techniques_save_the_product_of_what_each_saves():
     assert expected(trace) == pytest.approx(80 / sum(left))
     assert expected(trace) == pytest.approx(factors["resolution"] * factors["guidance"] * factors["caching"])
     assert f"together {expected(trace):.2f}x" in summary(trace) and "by skipping." in summary(trace)
+
+
+def test_the_prediction_goes_by_the_run_s_own_clock():
+    """A row alone takes three quarters of two, and a tenth of the sampler's time passes between evaluations."""
+    trace = thin(make_trace("########", techniques=[("guidance", "active")]), alone=(2, 3, 5, 6))
+    for entry in trace["evaluations"]:
+        entry["seconds"] = 1.0 if len(entry["branches"]) == 2 else 0.75
+    trace["evaluations"][0]["seconds"] = 3.0  # warm-up, which a plain run pays for too
+    trace["seconds"]["sampler"] = 9.0 + 1.0
+    assert savings(trace, by_clock=False) == {"guidance": pytest.approx(16 / 12)}
+    assert savings(trace) == {"guidance": pytest.approx((8 + 3) / (7 + 3))}
+
+
+def test_steps_that_something_else_made_cheaper_stand_for_no_plain_one():
+    trace = make_trace("######~~", cost=0.1)
+    for entry in trace["evaluations"][2:5]:
+        entry |= {"attention_kept": 0.25, "seconds": 0.4}
+    trace["seconds"]["sampler"] = sum(entry["seconds"] for entry in trace["evaluations"])
+    assert savings(trace) == {"caching": pytest.approx(8 / 6.2)}
 
 
 def test_small_evaluations_that_only_measure_are_not_the_plain_runs():
