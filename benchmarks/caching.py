@@ -68,6 +68,7 @@ class Figures:
         return {
             "calls": statistics.mean(self.calls),
             "seconds": statistics.median(self.seconds),
+            "seconds_spread": [min(self.seconds), max(self.seconds)],
             "psnr_mean": statistics.mean(finite),
             "psnr_worst": min(finite),
             "psnr_median": statistics.median(finite),

@@ -218,11 +218,11 @@ def rows_of(figures: dict[str, Figures]) -> dict[str, dict]:
     """Return medians, means and the worst of every arm."""
     plain, rows = figures["plain"], {}
     for name, found in figures.items():
+        ratios = [p / a for p, a in zip(plain.processor, found.processor, strict=True)]
         rows[name] = {
             "speedup_clock": statistics.median(p / a for p, a in zip(plain.clock, found.clock, strict=True)),
-            "speedup_processor": statistics.median(
-                p / a for p, a in zip(plain.processor, found.processor, strict=True)
-            ),
+            "speedup_processor": statistics.median(ratios),
+            "spread_processor": [min(ratios), max(ratios)],
             "seconds": statistics.median(found.clock),
             "work": statistics.mean(a / p for p, a in zip(plain.work, found.work, strict=True)),
         }

@@ -25,6 +25,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from quantization_peers import peers
+
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "demo" / "models"
 SOURCE = MODELS / "diffusion_models" / "stretto-demo-image.safetensors"
@@ -355,8 +357,10 @@ def products(device: str, shapes: tuple[tuple[int, int, int], ...], repeats: int
                 x, p["weight"], p["weight_scale"], b
             )
         with torch.inference_mode():
+            others, absent = peers(x, weight, bias)
+            ways |= others
             took = seconds(ways)
-        row = {"m": m, "k": k, "n": n, "ms": {name: round(1e3 * value, 3) for name, value in took.items()}}
+        row = {"absent": absent, "m": m, "k": k, "n": n, "ms": {name: round(1e3 * value, 3) for name, value in took.items()}}
         row["times_16_bit"] = {name: round(took["16 bit"] / value, 2) for name, value in took.items()}
         rows.append(row)
         print(f"{m} x {k} x {n}: " + ", ".join(

@@ -134,11 +134,8 @@ SUITES = (
                 "--prompts 1 --steps 4 --parts products"),
         ),
         "one per prompt",
-        ("bf16", "torch._int_mm", "comfy-kitchen's int8 linear"),
-        (
-            ("torch._scaled_mm", NO_GPU),
-            ("torchao", "not among the packages of this project; its int8 layers end in torch._int_mm on a CPU"),
-        ),
+        ("bf16", "torch._int_mm", "int8 layers of comfy-kitchen", "int8 layers of torchao, where it is installed"),
+        (("torch._scaled_mm", NO_GPU),),
     ),
     Suite(
         "frame-rate",

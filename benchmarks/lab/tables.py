@@ -286,6 +286,8 @@ def quantization(doc: dict) -> list[Table]:
             [f"{r['m']} x {r['k']} x {r['n']}", name, f"{ms:.2f}", times(r["times_16_bit"][name])]
             for r in doc.get("products", {}).get(device, ()) for name, ms in r["ms"].items()
         ]  # fmt: skip
+        absent = {who: why for r in doc.get("products", {}).get(device, ()) for who, why in r.get("absent", {}).items()}
+        rows += [["all", who, "", f"absent: {why}"] for who, why in absent.items()]
         if rows:
             tables.append(Table(f"Linear layers, {device}", ("Rows x in x out", "Form", "ms", "Against 16 bit"), rows))
     return tables
