@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that CI runs.   ./test.sh        all of it, with a real ComfyUI and a browser
 #                            ./test.sh fast   what takes under two minutes: no server, no browser, nothing slow
+#                            ./test.sh gpu    kernels and runs on CUDA against the CPU; skipped, with the reason, without
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python="${PYTHON:-python3}"

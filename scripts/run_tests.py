@@ -3,7 +3,9 @@
 
     run_tests.py        everything
     run_tests.py fast   under two minutes: no server, no browser, nothing marked slow
-    run_tests.py e2e    one of: lint, engine, panel, e2e
+    run_tests.py e2e    one of: lint, engine, panel, gpu, e2e
+
+gpu compares kernels and runs on CUDA with the same on the CPU; without a CUDA device it skips, and says so.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from launch.installation import Installation, Wishes, prepare
 from launch.pins import ROOT
 
 # Everything except these runs in ComfyUI's environment, in one pytest process.
-SEPARATE = ("panel", "e2e")
+SEPARATE = ("panel", "e2e", "gpu")
 NOTHING_COLLECTED = 5
 
 
@@ -51,12 +53,13 @@ def suites(installation: Installation, choice: str) -> list[Suite]:
         Suite("lint", (python, "-m", "ruff", "check", ".")),
         Suite("engine", (pytest, "-q", *quick, *folders)),
         Suite("panel", (panel_pytest, "-q", *quick, "tests/panel")),
+        Suite("gpu", (pytest, "-q", "-m", "gpu", "tests/engine", "tests/gpu")),
         Suite("e2e", (pytest, "-q", "tests/e2e")),
     ]
     if choice == "all":
         return every
     if choice == "fast":
-        return every[:-1]
+        return [suite for suite in every if suite.name not in ("gpu", "e2e")]
     return [suite for suite in every if suite.name == choice]
 
 
@@ -81,7 +84,7 @@ def run(suite: Suite) -> tuple[bool, str]:
 def main() -> int:
     """Run the command; return the exit status."""
     parser = argparse.ArgumentParser(prog="test.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", default="all", choices=["all", "fast", "lint", "engine", "panel", "e2e"])
+    parser.add_argument("what", nargs="?", default="all", choices=["all", "fast", "lint", "engine", "panel", "gpu", "e2e"])
     arguments = parser.parse_args()
     started = time.monotonic()
     results: list[tuple[str, bool, str, float]] = []

@@ -383,7 +383,8 @@ def test_compiled_flex_attention_equals_the_specification(case):
     check(case, torch.float32, lambda *a, **o: block_sparse_attention(*a, **o, backend="flex"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_triton_kernel_equals_the_specification_on_the_device(case):
     def compute(*arguments, **options):

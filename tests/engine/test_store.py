@@ -80,7 +80,8 @@ def test_exact_policies_are_exact_copies(name, dtype):
     assert torch.equal(snapshot.read(), wanted) and snapshot.read().dtype == dtype
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 @pytest.mark.parametrize("name", STORES)
 def test_snapshots_of_a_graphics_card_come_back_to_it(name):
     values = spread(3, 1.0).cuda()

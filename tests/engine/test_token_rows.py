@@ -80,7 +80,8 @@ def test_kernels_equal_the_reference_in_the_interpreter():
     assert found.stdout.strip() == "equal", found.stderr[-2000:]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_kernels_equal_the_reference_on_the_gpu(dtype):
     x = (torch.rand(2, 1000, 384, device="cuda") * 100).to(dtype)

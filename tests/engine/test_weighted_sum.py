@@ -156,7 +156,8 @@ def test_gradients_pass_through_the_reference():
     assert torch.equal(tensors[0].grad, torch.full((3,), 2.0)) and torch.equal(tensors[1].grad, torch.full((3,), -1.0))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 @pytest.mark.parametrize("dtype", package.DTYPES)
 @pytest.mark.parametrize("count", [1, 2, 3, 16])
 def test_triton_kernel_equals_the_reference_on_the_device(dtype, count):
