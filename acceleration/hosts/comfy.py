@@ -303,6 +303,7 @@ def _with_hooks(
 
 
 def _block_patch(run: RunState, site: BlockSite, previous: Callable | None) -> Callable:
+    @torch.compiler.disable  # a compiled network would take decisions into its graphs, and compile for each of them
     def patch(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         def original(arguments: dict[str, Any]) -> dict[str, Any]:
             return extra["original_block"](arguments) if previous is None else previous(arguments, extra)

@@ -23,6 +23,7 @@ def attend_with(options: dict[str, Any], current: Current, attend: Attend) -> No
     transformer_options = options.setdefault("transformer_options", {})
     previous = transformer_options.get("optimized_attention_override")
 
+    @torch.compiler.disable  # who attends, and to what, is decided outside of a compiled network's graphs
     def attention(func: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, *args: Any, **kwargs: Any):
         call = current()
         if call is not None and call.attending is not None:

@@ -29,6 +29,7 @@ class ModulePatch:
     original: Callable
     current: Current
 
+    @torch.compiler.disable  # a compiled network would compile for every decision
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.current()
         if call is None or call.inside is None:
@@ -101,6 +102,7 @@ def skip_hollow_attention(options: dict[str, Any], current: Current) -> None:
     transformer_options = options.setdefault("transformer_options", {})
     previous = transformer_options.get("optimized_attention_override")
 
+    @torch.compiler.disable
     def attention(func: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, *args: Any, **kwargs: Any):
         call = current()
         if call is not None and call.hollow:

@@ -29,6 +29,7 @@ def with_kept_keys(options: dict[str, Any], run: RunState, current: Current) -> 
     transformer_options = options.setdefault("transformer_options", {})
     previous = transformer_options.get("optimized_attention_override")
 
+    @torch.compiler.disable
     def attention(
         func: Callable,
         q: torch.Tensor,
@@ -76,8 +77,9 @@ class BlockPatch:
     names: tuple[str, str]
     current: Current
 
+    @torch.compiler.disable  # how many tokens are active is decided outside of a compiled network's graphs
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = None if torch.compiler.is_compiling() else self.current()
+        call = self.current()
         passage = None if call is None else call.scratch.get(REGION)
         if passage is None:
             return self.original(*args, **kwargs)
