@@ -9,8 +9,8 @@ from .arms import PREFIX, SWITCHED_OFF, Api, accelerators
 # What decides for each caching method, as its name in a report; methods that are not listed have no number of their own.
 EVERY = ("Taylor", "TaylorSeer", "HiCache", "FORA", "Output")
 THRESHOLD = (
-    "EasyCache", "Adaptive", "TeaCache", "MagCache", "FBCache", "DBCache", "DBCache-Taylor", "CG-Taylor", "SpeCa", "DiCache", "AdaCache",
-    "LazyCache",
+    "EasyCache", "Adaptive", "TeaCache", "MagCache", "FBCache", "DBCache", "DBCache-Taylor", "CG-Taylor", "SpeCa", "DiCache",
+    "AdaCache", "LazyCache",
 )  # fmt: skip
 
 
