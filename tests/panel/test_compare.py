@@ -187,7 +187,7 @@ def test_progress_counts_to_the_end(run):
     run(progress=seen.append)
     assert [p.done for p in seen] == sorted(p.done for p in seen)
     assert seen[-1].done == seen[-1].total == 1 + 3 * 7 + 2
-    assert {p.phase for p in seen} == {"probe", "warm-up", "measuring", "reference"}
+    assert {p.phase for p in seen} == {"probe", "warm-up", "measuring", "reference", "scoring"}
     assert sum(p.finished is not None and p.phase == "measuring" for p in seen) == 18
 
 

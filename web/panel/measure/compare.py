@@ -161,7 +161,8 @@ class _Comparison:
                 self._settings(repeats, warmup, reference_steps, complete),
                 command,
                 self.notes,
-            )
+            ),
+            self._scoring,
         )
         write_report(report, self.folder)
         return report
@@ -278,6 +279,11 @@ class _Comparison:
         return count // batch
 
     # Bookkeeping
+
+    def _scoring(self, label: str, prompt: str) -> bool:
+        """Tell whose pictures are scored; whoever stops now does not wait for the slow metrics."""
+        self.tell(Progress("scoring", self.done, self.total, label, prompt))
+        return self.stop is None or not self.stop.is_set()
 
     def _stepper(self, phase: str, slot: Slot) -> StepCallback:
         def on_step(step: int, steps: int) -> None:

@@ -24,7 +24,7 @@ def read_rgb(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"), dtype=np.uint8)
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError("The server returned a file that is not a picture.") from error
 
 
@@ -50,24 +50,33 @@ def ssim(first: np.ndarray, second: np.ndarray) -> float:
     return float(structural_similarity(first, second, data_range=255, channel_axis=2, win_size=window))
 
 
-def change_psnr(first: np.ndarray, second: np.ndarray) -> float:
-    """PSNR in dB of the frame-to-frame changes of two uint8 clips [F, H, W, 3], F at least 2.
+class ChangeError:
+    """PSNR of how frames of two clips change, frame by frame, since long clips do not fit into memory twice.
 
-    A change is a frame minus the one before it, the peak is 255, and the error is averaged over all changes: low
-    where frames are alike one by one but flicker or move differently. Infinite when all changes are the same.
+    A change is a frame minus the one before it, the peak is 255, and the error is averaged over all changes: low where frames
+    are alike one by one but flicker or move differently. Infinite when all changes are the same.
     """
-    _same_shape(first, second)
-    if len(first) < 2:
-        raise ValueError(f"Changes between frames need at least 2 frames, not {len(first)}.")
-    # The difference of two changes is the change of the difference; frame by frame, since long clips are large.
-    apart = (a.astype(np.float64) - b for a, b in zip(first, second))
-    before = next(apart)
-    errors = []
-    for now in apart:
-        errors.append(np.mean((now - before) ** 2))
-        before = now
-    error = float(np.mean(errors))
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+    def __init__(self) -> None:
+        self._before: np.ndarray | None = None
+        self._errors: list[float] = []
+
+    def add(self, first: np.ndarray, second: np.ndarray) -> None:
+        """The next frame of both clips, uint8 [H, W, 3]."""
+        _same_shape(first, second)
+        # The difference of two changes is the change of the difference.
+        now = first.astype(np.int16) - second
+        if self._before is not None:
+            self._errors.append(float(np.mean((now - self._before).astype(np.float64) ** 2)))
+        self._before = now
+
+    @property
+    def psnr(self) -> float:
+        """In dB, over the frames so far, two at least."""
+        if not self._errors:
+            raise ValueError("Changes between frames need at least 2 frames.")
+        error = float(np.mean(self._errors))
+        return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def _same_shape(first: np.ndarray, second: np.ndarray) -> None:
@@ -149,7 +158,7 @@ def paired_ratios(reference: Sequence[float], other: Sequence[float]) -> list[fl
 
 @dataclass(frozen=True)
 class Quality:
-    """A metric over many pictures. `mean` is over the pictures that differ (inf if none does); `worst` is the lowest."""
+    """A metric over many pictures. `mean` is over those that differ (inf if none does); `worst` is the least close one."""
 
     mean: float
     worst: float
@@ -166,10 +175,11 @@ class Quality:
         }
 
 
-def quality(values: Sequence[float], perfect: float) -> Quality | None:
+def quality(values: Sequence[float], perfect: float, lower_is_better: bool = False) -> Quality | None:
     """Summarise a metric whose value for identical pictures is `perfect`; None for no values."""
     if not values:
         return None
     finite = [value for value in values if not math.isinf(value)]
     mean = float(np.mean(finite)) if finite else perfect
-    return Quality(mean, float(min(values)), len(values), sum(value == perfect for value in values))
+    worst = float(max(values) if lower_is_better else min(values))
+    return Quality(mean, worst, len(values), sum(value == perfect for value in values))

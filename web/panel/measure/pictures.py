@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from .errors import MeasureError
+from .perceptual import NotMeasured, flip_error
+
 DIFFERENCE_GAIN = 4  # how much brighter a difference picture is than the difference
 TINY = 160  # below this many pixels a picture is enlarged pixel by pixel
 INLINE_SIDE = 640  # larger pictures are shrunk before they are put into a page
@@ -23,6 +26,18 @@ def difference(first: np.ndarray, second: np.ndarray, gain: int = DIFFERENCE_GAI
     """|first - second| times `gain`, clipped; uint8 RGB [H, W, 3], or clips [F, H, W, 3]."""
     apart = np.abs(first.astype(np.int16) - second.astype(np.int16))
     return np.clip(apart * gain, 0, 255).astype(np.uint8)
+
+
+def flip_map(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Where two uint8 sRGB pictures [H, W, 3] look different: FLIP in the colours of magma, uint8 [H, W, 3], black is equal.
+
+    Raises `MeasureError` where the library for it is not installed.
+    """
+    try:
+        colours = flip_error(first, second, colours=True)
+    except NotMeasured as error:
+        raise MeasureError(f"There is no FLIP heat map: {error}.") from error
+    return np.clip(colours * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
 def enlarge(pixels: np.ndarray, side: int = 512) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,13 +19,16 @@ from .errors import ReportError
 from .front import front_svg
 from .gallery import gallery, is_clips
 from .interleave import Cell, Measurement
+from .perceptual import Perceptual
 from .pictures import DIFFERENCE_GAIN
-from .summary import arm_row, by_arm, score_pictures
+from .scores import score_pictures
+from .summary import arm_row, by_arm
 from .table import columns, format_bytes, format_count, format_decibel, format_ratio, format_seconds
 from .timeline import timeline_svg
 
 SCHEMA = "report@1"
 TEMPLATES = Path(__file__).parent / "templates"
+SLOW = ("ms_ssim", "flip", "st_lpips", "vmaf")
 STYLE = TEMPLATES / "style.css"
 Report = dict[str, Any]
 
@@ -44,10 +47,17 @@ class Results:
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-def build_report(results: Results) -> Report:
-    """Results -> report@1 (acceleration/schemas/report.v1.json)."""
+def build_report(results: Results, scoring: Callable[[str, str], bool] = lambda label, prompt: True) -> Report:
+    """Results -> report@1 (acceleration/schemas/report.v1.json).
+
+    `scoring` is told label and prompt before the pictures of an arm are scored; when it answers False the slow metrics are
+    left out from there on.
+    """
     runs = by_arm(results.measurements)
-    cells = [_cell_entry(results, cell, runs) for cell in results.cells]
+    perceptual = Perceptual()
+    cells = [_cell_entry(results, cell, runs, perceptual, scoring) for cell in results.cells]
+    if not any("change_psnr" in scores for cell in cells for scores in cell["pictures"].values()):
+        perceptual.leave_out("vmaf", "VMAF: there were no clips.")
     plain = runs.get("plain", [])
     arms = [
         arm_row(
@@ -65,6 +75,7 @@ def build_report(results: Results) -> Report:
         "command": results.command,
         "server": results.server,
         "settings": results.settings,
+        "metrics": perceptual.facts(),
         "arms": arms,
         "cells": cells,
         "measurements": [_measurement_entry(m) for arm in results.arms for m in runs.get(arm.name, [])],
@@ -73,22 +84,35 @@ def build_report(results: Results) -> Report:
     return report
 
 
-def _cell_entry(results: Results, cell: Cell, runs: dict[str, list[Measurement]]) -> dict[str, Any]:
+def _cell_entry(
+    results: Results,
+    cell: Cell,
+    runs: dict[str, list[Measurement]],
+    perceptual: Perceptual,
+    scoring: Callable[[str, str], bool],
+) -> dict[str, Any]:
     """Prompt, seed and the pictures of every arm with their scores."""
     shown = {
         name: next((m for m in found if m.cell == cell.index and m.pictures), None) for name, found in runs.items()
     }
     files = {name: run.pictures for name, run in shown.items() if run is not None}
-    pictures = {
-        name: score_pictures(
+    labels = {arm.name: arm.label for arm in results.arms}
+    pictures = {}
+    for name, found in files.items():
+        slow = scoring(labels[name], cell.prompt)
+        if not slow:
+            for metric in SLOW:
+                perceptual.leave_out(metric, "Stopped before it was measured for every picture.")
+        # Pictures of a reference are another run's by intention: how far they are from the plain ones says nothing more.
+        pictures[name] = score_pictures(
             results.folder,
             found,
             files.get("plain") if name != "plain" else None,
             files.get("reference") if name != "reference" else None,
             shown[name].frames,
+            results.settings.get("frame_rate"),
+            perceptual if slow and name != "reference" else None,
         )
-        for name, found in files.items()
-    }
     return {"index": cell.index, "prompt": cell.prompt, "seed": cell.seed, "pictures": pictures}
 
 

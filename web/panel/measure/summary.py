@@ -5,32 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from .arms import Arm, get_steps
 from .interleave import Measurement
-from .metrics import (
-    Spread,
-    change_psnr,
-    from_json_number,
-    paired_ratios,
-    psnr,
-    quality,
-    read_rgb,
-    spread,
-    ssim,
-    to_json_number,
-)
+from .metrics import Spread, from_json_number, paired_ratios, quality, spread
+from .perceptual import METRICS
+from .scores import PictureScores
 
 SMALLEST_EFFECT = 0.02  # a ratio closer to 1 than this is never called a difference
 FEWEST_ROUNDS = 3  # fewer rounds give no verdict
 BASELINES = {"plain": "baseline", "reference": "reference"}  # roles that are not judged
 SKIPPED = ("forecast", "reused")
-PictureScores = dict[str, Any]
 
 
 def verdict_of(ratio: Spread | None) -> str:
@@ -81,6 +68,7 @@ def arm_row(
         "traces": (runs[0].traces or []) if runs else [],
         "workflow": arm.workflow,
     }
+    row["likeness"] = likeness_of(row["quality"])
     row["notes"] += _repeatability(arm, runs)
     return row
 
@@ -155,7 +143,7 @@ def _kind(evaluation: Mapping[str, Any]) -> str:
 
 
 def _quality(scores: Sequence[PictureScores]) -> dict[str, Any]:
-    """PSNR and SSIM to the plain arm, and PSNR to the reference with many steps, over all pictures or frames.
+    """Every metric to the plain arm, and PSNR to the reference with many steps, over all pictures or frames; None: no values.
 
     `change_psnr` is over clips: the PSNR of their frame-to-frame changes to the plain arm's.
     """
@@ -163,13 +151,20 @@ def _quality(scores: Sequence[PictureScores]) -> dict[str, Any]:
     def gather(key: str) -> list[float]:
         return [from_json_number(value) for cell in scores for value in cell.get(key, [])]
 
-    summaries = {
-        "psnr": quality(gather("psnr"), math.inf),
-        "ssim": quality(gather("ssim"), 1.0),
-        "reference_psnr": quality(gather("reference_psnr"), math.inf),
-        "change_psnr": quality(gather("change_psnr"), math.inf),
-    }
+    summaries = {name: quality(gather(name), metric.perfect, metric.lower_is_better) for name, metric in METRICS.items()}
+    for name in ("reference_psnr", "change_psnr"):
+        summaries[name] = quality(gather(name), math.inf)
     return {key: value.to_json() if value else None for key, value in summaries.items()}
+
+
+def likeness_of(quality: Mapping[str, Any]) -> str | None:
+    """Whether an arm's pictures are those of the plain arm, in words; None where nothing tells."""
+    psnr = quality["psnr"]
+    if psnr is None:
+        return None
+    if psnr["identical"] == psnr["count"]:
+        return "identical"
+    return f"{psnr['identical']} of {psnr['count']} identical" if psnr["identical"] else "different"
 
 
 def _memory(traces: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -221,38 +216,3 @@ def _repeatability(arm: Arm, runs: Sequence[Measurement]) -> list[str]:
         return []
     things = "clips" if any(run.frames > 1 for run in runs) else "pictures"
     return [f"{arm.label}: repeats with one seed gave different {things} for {unstable} of {len(hashes)} prompts."]
-
-
-def score_pictures(
-    folder: Path,
-    files: Sequence[str],
-    plain: Sequence[str] | None,
-    reference: Sequence[str] | None,
-    frames: int = 1,
-) -> PictureScores:
-    """Scores of the pictures of one arm and cell against the plain arm's and the reference's (files in `folder`).
-
-    With `frames` above 1 the files are frames of clips, that many to a clip. PSNR and SSIM have one value per file,
-    `change_psnr` one per clip. Pictures that cannot be compared (other size, other count) get no score.
-    """
-    scores: PictureScores = {"files": list(files)}
-    if frames > 1:
-        scores["frames"] = frames
-    for key, other in (("plain", plain), ("reference", reference)):
-        if other is None or len(other) != len(files):
-            continue
-        pairs = [
-            (read_rgb((folder / a).read_bytes()), read_rgb((folder / b).read_bytes())) for a, b in zip(files, other)
-        ]
-        if any(a.shape != b.shape for a, b in pairs):
-            continue
-        if key == "reference":
-            scores["reference_psnr"] = [to_json_number(psnr(a, b)) for a, b in pairs]
-        else:
-            scores["psnr"] = [to_json_number(psnr(a, b)) for a, b in pairs]
-            scores["ssim"] = [ssim(a, b) for a, b in pairs]
-            if frames > 1:
-                clips = [pairs[start : start + frames] for start in range(0, len(pairs), frames)]
-                changes = [change_psnr(*(np.stack(side) for side in zip(*clip))) for clip in clips]
-                scores["change_psnr"] = [to_json_number(value) for value in changes]
-    return scores

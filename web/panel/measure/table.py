@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from .metrics import from_json_number
+from .perceptual import METRICS
 
 NOTHING = "–"
+# Metrics that not every report has, and how their numbers are written.
+PERCEPTUAL: dict[str, Callable[[float], str]] = {
+    "ms_ssim": lambda value: f"{value:.3f}",
+    "flip": lambda value: f"{value:.3f}",
+    "st_lpips": lambda value: f"{value:.3f}",
+    "vmaf": lambda value: f"{value:.1f}",
+}
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 ArmRow = dict[str, Any]
 
@@ -50,6 +58,7 @@ def columns(report: dict[str, Any]) -> list[Column]:
         Column("PSNR to plain", worst, lambda arm: _quality(arm["quality"]["psnr"], format_decibel)),
         Column("SSIM to plain", worst, lambda arm: _quality(arm["quality"]["ssim"], lambda v: f"{v:.3f}")),
     ]
+    found += [_metric(name, write, clips) for name, write in PERCEPTUAL.items() if _measured(report, name)]
     if clips:
         found.append(
             Column(
@@ -72,6 +81,18 @@ def columns(report: dict[str, Any]) -> list[Column]:
         Column("Store", "highest number of bytes kept to skip evaluations", _store),
     ]
     return found
+
+
+def _metric(name: str, write: Callable[[float], str], clips: bool) -> Column:
+    """A column of a metric that is only there when it was measured."""
+    metric, thing = METRICS[name], "clip" if name == "vmaf" else "frame" if clips else "picture"
+    closer = "0 is identical" if metric.lower_is_better else f"{metric.perfect:g} is identical"
+    meaning = f"mean / worst {thing}; {closer} ({metric.source})"
+    return Column(f"{metric.title} to plain", meaning, lambda arm: _quality(arm["quality"].get(name), write))
+
+
+def _measured(report: dict[str, Any], name: str) -> bool:
+    return any(arm["quality"].get(name) for arm in report["arms"])
 
 
 def _seconds(spread: dict[str, Any] | None) -> str:
