@@ -18,7 +18,7 @@ from stretto.web.panel.measure.client import ComfyClient
 from stretto.web.panel.measure.compare import arms_of, compare
 from stretto.web.panel.measure.errors import MeasureError, WorkflowError
 from stretto.web.panel.measure.gallery import SHEET_FRAMES, clip_view, gallery
-from stretto.web.panel.measure.pictures import CLIP_SIDE, GUTTER, abreast, motion_uris, sheet_uri, webp_bytes
+from stretto.web.panel.measure.pictures import CLIP_SIDE, GUTTER, abreast, motion_uris, sheet_uri, shrunk, webp_bytes
 from stretto.web.panel.measure.report import read_report, render_html
 from stretto.web.panel.measure.table import columns
 from stretto.web.panel.session import State
@@ -156,7 +156,7 @@ def test_a_moving_picture_keeps_every_pixel_and_the_speed(clips):
 
 def test_large_frames_are_shrunk():
     large = np.zeros((2, 500, 800, 3), np.uint8)
-    assert abreast([large, large]).shape == (2, 200, 2 * CLIP_SIDE + GUTTER, 4)
+    assert shrunk(large[0], CLIP_SIDE).shape == (200, CLIP_SIDE, 3)
     assert sheet_uri(large).startswith("data:image/jpeg")
     assert len(webp_bytes(large, 16.0, lossless=False)) > 0
 

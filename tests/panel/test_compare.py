@@ -78,7 +78,7 @@ def test_report_follows_its_schema_and_the_page_is_complete_and_offline(run, sch
     assert read_report(tmp_path / "report.json") == report
     assert "/x/y" not in json.dumps(report["server"]), "paths of the server's machine stay out"
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert page.count('<img src="data:image/png;base64,') == 2 + 2 * (4 + 3)
+    assert page.count('<img src="data:image/png;base64,') == 2 + 2 * (4 + 3 + 2)
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", page) and "@import" not in page and "url(" not in page
     assert (
         "<svg" in page and "flat hot dog" in page and "python cli.py compare x" in page and "4 times brighter" in page

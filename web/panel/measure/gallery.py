@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .errors import MeasureError
 from .metrics import from_json_number, read_rgb, to_json_number
-from .pictures import DIFFERENCE_GAIN, GUTTER, TINY, abreast, data_uri, difference, motion_uris, sheet_uri
+from .pictures import (
+    CLIP_SIDE,
+    DIFFERENCE_GAIN,
+    GUTTER,
+    TINY,
+    abreast,
+    data_uri,
+    difference,
+    flip_map,
+    motion_uris,
+    sheet_uri,
+    shrunk,
+)
 
+HEAT_MAPS = 4  # prompts whose pictures get one: FLIP takes two seconds for a million pixels
 SHEET_FRAMES = 9  # of a clip, spread evenly from the first to the last
 Report = dict[str, Any]
 Entry = dict[str, Any]
@@ -23,24 +37,27 @@ def is_clips(report: Report) -> bool:
 
 def gallery(report: Report, folder: Path) -> list[Entry]:
     """One entry per prompt and seed with a plain picture; what the page draws, files already as data addresses."""
-    view = clip_view if is_clips(report) else _picture_view
-    return [view(report, folder, cell) for cell in report["cells"] if "plain" in cell["pictures"]]
+    cells = [cell for cell in report["cells"] if "plain" in cell["pictures"]]
+    if is_clips(report):
+        return [clip_view(report, folder, cell) for cell in cells]
+    return [_picture_view(report, folder, cell, number < HEAT_MAPS) for number, cell in enumerate(cells)]
 
 
-def _picture_view(report: Report, folder: Path, cell: Entry) -> Entry:
-    """The first picture of every arm, its scores, and its difference to the plain one."""
+def _picture_view(report: Report, folder: Path, cell: Entry, heat: bool) -> Entry:
+    """The first picture of every arm, its scores, its difference to the plain one and, with `heat`, where that can be seen."""
     plain = _read(folder, cell["pictures"]["plain"]["files"][0])
     shots = []
     for arm, entry in _arms(report, cell):
         pixels = plain if arm["name"] == "plain" else _read(folder, entry["files"][0])
-        apart = data_uri(difference(pixels, plain)) if arm["name"] != "plain" and pixels.shape == plain.shape else None
+        other = arm["name"] != "plain" and pixels.shape == plain.shape
         shots.append(
             {
                 "label": arm["label"],
                 "role": arm["role"],
                 "name": arm["name"],
                 "picture": data_uri(pixels),
-                "difference": apart,
+                "difference": data_uri(difference(pixels, plain)) if other else None,
+                "heat": _heat(pixels, plain) if other and heat and arm["role"] != "reference" else None,
                 "psnr": entry.get("psnr", [None])[0],
                 "ssim": entry.get("ssim", [None])[0],
                 "width": pixels.shape[1],
@@ -56,34 +73,46 @@ def _picture_view(report: Report, folder: Path, cell: Entry) -> Entry:
     }
 
 
+def _heat(pixels: np.ndarray, plain: np.ndarray) -> str | None:
+    """The FLIP heat map; None without the library for it."""
+    try:
+        return data_uri(flip_map(plain, pixels))
+    except MeasureError:
+        return None
+
+
 def clip_view(report: Report, folder: Path, cell: Entry, names: Sequence[str] | None = None) -> Entry:
     """The first clip of every arm (or of the arms `names`): all side by side and moving, and each as a row of frames.
 
-    An arm whose clip has another size or length than the plain one is left out, since nothing could be compared.
+    An arm whose clip has another size or length than the plain one is left out, since nothing could be compared. Frames are
+    shrunk as they are read, so that long clips fit into memory.
     """
     own = cell["pictures"]["plain"]
-    plain = _clip(folder, own)
-    picked = np.unique(np.linspace(0, len(plain) - 1, SHEET_FRAMES).round().astype(int))
-    shots, clips = [], []
+    count = own.get("frames", 1)
+    picked = np.unique(np.linspace(0, count - 1, SHEET_FRAMES).round().astype(int))
+    plain, plain_sheet, size = _clip(folder, own, picked)
+    shots, clips, rival = [], [], None
     for arm, entry in _arms(report, cell):
         if names is not None and arm["name"] not in names:
             continue
-        frames = plain if arm["name"] == "plain" else _clip(folder, entry)
-        if frames.shape != plain.shape:
+        itself = arm["name"] == "plain"
+        frames, sheet, other_size = (plain, plain_sheet, size) if itself else _clip(folder, entry, picked)
+        if (len(frames), other_size) != (count, size):
             continue
-        apart = difference(frames[picked], plain[picked]) if arm["name"] != "plain" else None
+        rival = rival if itself else entry
         clips.append(frames)
         shots.append(
             {
                 "label": arm["label"],
-                "sheet": sheet_uri(frames[picked]),
-                "difference": None if apart is None else sheet_uri(apart),
-                "scores": _scores(entry, len(frames)),
+                "sheet": sheet_uri(sheet),
+                "difference": None if itself else sheet_uri(difference(sheet, plain_sheet)),
+                "scores": _scores(entry, count),
             }
         )
-    if len(clips) == 2:
+    if len(clips) == 2 and rival is not None:
         # Two leave room for their difference to move beside them.
-        clips.append(difference(*clips))
+        pairs = zip(_frames(folder, own), _frames(folder, rival))
+        clips.append(np.stack([shrunk(difference(a, b), CLIP_SIDE) for a, b in pairs]))
         label = f"Difference, {DIFFERENCE_GAIN} times brighter"
         shots.append({"label": label, "sheet": None, "difference": None, "scores": None})
     canvas = abreast(clips)
@@ -92,8 +121,8 @@ def clip_view(report: Report, folder: Path, cell: Entry, names: Sequence[str] | 
         "prompt": cell["prompt"],
         "seed": cell["seed"],
         "shots": shots,
-        "batch": len(own["files"]) // len(plain),
-        "tiny": max(plain.shape[1:3]) <= TINY,
+        "batch": len(own["files"]) // count,
+        "tiny": max(size) <= TINY,
         "motion": motion,
         "still": still,
         "width": canvas.shape[2],
@@ -125,9 +154,21 @@ def _arms(report: Report, cell: Entry) -> list[tuple[Entry, Entry]]:
     return [(arm, cell["pictures"][arm["name"]]) for arm in report["arms"] if arm["name"] in cell["pictures"]]
 
 
-def _clip(folder: Path, entry: Entry) -> np.ndarray:
-    """The first clip of an entry, uint8 [F, H, W, 3]."""
-    return np.stack([_read(folder, name) for name in entry["files"][: entry.get("frames", 1)]])
+def _frames(folder: Path, entry: Entry) -> Iterator[np.ndarray]:
+    """The frames of the first clip of an entry, uint8 [H, W, 3], one at a time."""
+    return (_read(folder, name) for name in entry["files"][: entry.get("frames", 1)])
+
+
+def _clip(folder: Path, entry: Entry, picked: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """The first clip of an entry: shrunk frames uint8 [F, H, W, 3], those with the numbers `picked` whole, and the size."""
+    small, whole, size = [], [], (0, 0)
+    wanted = set(picked.tolist())
+    for number, frame in enumerate(_frames(folder, entry)):
+        size = (frame.shape[0], frame.shape[1])
+        small.append(shrunk(frame, CLIP_SIDE))
+        if number in wanted:
+            whole.append(frame)
+    return np.stack(small), np.stack(whole), size
 
 
 def _read(folder: Path, name: str) -> np.ndarray:

@@ -77,15 +77,11 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 def abreast(clips: Sequence[np.ndarray]) -> np.ndarray:
-    """Clips uint8 [F, H, W, 3] of one size -> one [F, H', W', 4] with all side by side, so that they stay in step.
-
-    Frames above `CLIP_SIDE` pixels are shrunk.
-    """
-    small = [_shrunk(clip, CLIP_SIDE) for clip in clips]
-    frames, height, width = small[0].shape[:3]
+    """Clips uint8 [F, H, W, 3] of one size -> one [F, H, W', 4] with all side by side, so that they stay in step."""
+    frames, height, width = clips[0].shape[:3]
     # Transparent between neighbours, since the page may be light or dark.
-    canvas = np.zeros((frames, height, len(small) * (width + GUTTER) - GUTTER, 4), np.uint8)
-    for place, clip in enumerate(small):
+    canvas = np.zeros((frames, height, len(clips) * (width + GUTTER) - GUTTER, 4), np.uint8)
+    for place, clip in enumerate(clips):
         left = place * (width + GUTTER)
         canvas[:, :, left : left + width, :3] = clip
         canvas[:, :, left : left + width, 3] = 255
@@ -102,18 +98,18 @@ def motion_uris(frames: np.ndarray, rate: float) -> tuple[str, str]:
 def sheet_uri(frames: np.ndarray) -> str:
     """Frames uint8 [F, H, W, 3] in one row as data address: PNG pixel for pixel, or a JPEG of smaller frames."""
     tiny = max(frames.shape[1:3]) <= TINY
-    row = np.concatenate(list(_shrunk(frames, SHEET_SIDE)), axis=1)
+    row = np.concatenate([shrunk(frame, SHEET_SIDE) for frame in frames], axis=1)
     return _address("png", png_bytes(row)) if tiny else _address("jpeg", _jpeg_bytes(Image.fromarray(row)))
 
 
-def _shrunk(frames: np.ndarray, side: int) -> np.ndarray:
-    """Frames uint8 [F, H, W, 3] with a longer side of at most `side`; smaller ones stay as they are."""
-    height, width = frames.shape[1:3]
+def shrunk(frame: np.ndarray, side: int) -> np.ndarray:
+    """A frame uint8 [H, W, 3] with a longer side of at most `side`; a smaller one stays as it is."""
+    height, width = frame.shape[:2]
     if max(height, width) <= side:
-        return frames
+        return frame
     scale = side / max(height, width)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames])
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
 
 
 def _jpeg_bytes(image: Image.Image) -> bytes:
