@@ -452,4 +452,5 @@ def pictures_of(api: Api, outputs: dict[str, Any]) -> list[dict[str, Any]]:
         for node, output in outputs.items()
         if not api.get(node, {}).get("class_type", "").startswith(PREFIX) and not any(output.get("animated", ()))
         for image in output.get("images", [])
+        if isinstance(image, dict) and isinstance(image.get("filename"), str)
     ]

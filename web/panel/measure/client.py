@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 import httpx
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
@@ -29,6 +29,7 @@ from .errors import (
 Api = dict[str, dict[str, Any]]
 StepCallback = Callable[[int, int], None]
 
+LONGEST = 200  # characters of a server's details in a message
 POLL_SECONDS = 0.25  # how long a read waits before the stop event and the deadline are looked at
 SILENCE_SECONDS = 5.0  # after so long without a message the history is asked, in case the final event was lost
 
@@ -102,7 +103,7 @@ class ComfyClient:
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
         """The history entry of a run, or None while it has not finished."""
-        return self._json(f"/history/{prompt_id}").get(prompt_id)
+        return self._json(f"/history/{quote(prompt_id, safe='')}").get(prompt_id)
 
     def fetch_image(self, reference: dict[str, str]) -> bytes:
         """The file behind an image reference {filename, subfolder, type} of an output."""
@@ -332,6 +333,16 @@ def _invalid(reply: dict[str, Any], workflow: Api) -> InvalidWorkflow:
             field_name = (error.get("extra_info") or {}).get("input_name", "")
             details = error.get("details") or ""
             place = f"{class_type} (node {node_id})" + (f", input {field_name!r}" if field_name else "")
+            if error.get("type") == "value_not_in_list":
+                wanted = (error.get("extra_info") or {}).get("received_value", "")
+                return InvalidWorkflow(
+                    f"This server has no {str(wanted)[:LONGEST]!r} for {place}: put the file into its folder of models, or "
+                    "choose another one in the workflow.",
+                    node_id,
+                    class_type,
+                    field_name,
+                )
+            details = details if len(details) <= LONGEST else f"{details[:LONGEST]}…"  # some list every file there is
             tail = f" ({details})" if details and details != field_name else ""
             return InvalidWorkflow(
                 f"The server refused the workflow at {place}: {error.get('message', 'invalid')}{tail}.",

@@ -15,7 +15,8 @@ from . import arms as edit
 from .arms import MEASURE, Api, Arm
 from .carried import read_carried
 from .client import ComfyClient, StepCallback
-from .errors import MeasureError, Stopped, WorkflowError
+from .errors import MeasureError, RunTimeout, ServerDied, ServerUnreachable, Stopped, WorkflowError
+from .files import check_space, write_whole, writing
 from .interleave import Cell, Measurement, MeasurementFile, Slot, cells_of, remaining, run_interleaved, schedule
 from .labels import label_of
 from .lock import folder_lock
@@ -73,8 +74,10 @@ def compare(
     the first arm computes. `reference_steps` 0 leaves the reference out. Setting `stop` ends the comparison early with
     a report of the complete rounds. Raises `MeasureError`s; finished measurements stay in `out_dir` for `resume`.
     """
-    with folder_lock(Path(out_dir)):
-        comparison = _Comparison(client, Path(out_dir), progress, stop)
+    folder = Path(out_dir)
+    with writing(folder), folder_lock(folder):
+        check_space(folder)
+        comparison = _Comparison(client, folder, progress, stop)
         comparison.plan(plain_workflow, arms, prompts, seeds, batch, steps)
         return comparison.run(repeats, warmup, reference_steps, competitor, resume, command)
 
@@ -117,6 +120,7 @@ class _Comparison:
             workflow = edit.prepare(arm.workflow)
             workflow = edit.set_batch(workflow, batch) if batch is not None else workflow
             workflow = edit.set_steps(workflow, steps) if steps is not None else workflow
+            self._check_classes(arm.label, workflow)
             self.arms.append(replace(arm, workflow=workflow))
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names):
@@ -151,6 +155,11 @@ class _Comparison:
         except Stopped:
             complete = False
             self._drop_torn_rounds(slots)
+        except (ServerDied, ServerUnreachable, RunTimeout) as error:
+            kept = sum(not m.warmup for m in self.measurements)
+            raise ServerDied(
+                f"{error} {kept} finished runs are kept in {self.folder}: start ComfyUI again if it is down, then resume."
+            ) from error
         report = build_report(
             Results(
                 self.folder,
@@ -166,6 +175,15 @@ class _Comparison:
         )
         write_report(report, self.folder)
         return report
+
+    def _check_classes(self, label: str, workflow: Api) -> None:
+        """Name all nodes that the server lacks before anything runs."""
+        missing = sorted({n["class_type"] for n in workflow.values() if not self.client.has_node(n["class_type"])})
+        if missing:
+            raise WorkflowError(
+                f"{label}: this ComfyUI has no node {', '.join(map(repr, missing))}; install the pack "
+                f"{'it comes' if len(missing) == 1 else 'they come'} from."
+            )
 
     # Parts of a run
 
@@ -259,14 +277,15 @@ class _Comparison:
         references = edit.pictures_of(slot.arm.workflow, outputs)
         frames = self._frames_per_clip(slot, len(references))
         for index, reference in enumerate(references):
-            pixels = read_rgb(self.client.fetch_image(reference))
+            try:
+                pixels = read_rgb(self.client.fetch_image(reference))
+            except ValueError as error:
+                raise MeasureError(f"{error} (arm {slot.arm.label!r}, file {str(reference['filename'])[:80]!r})") from error
             digest.update(pixels.tobytes())
             if slot.repeat == 0:
                 number = f"{index // frames}-{index % frames:03d}" if frames > 1 else str(index)
                 names.append(f"{PICTURES}/{slot.arm.name}-{slot.cell.index:03d}-{number}.png")
-                path = self.folder / names[-1]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(png_bytes(pixels))
+                write_whole(self.folder / names[-1], png_bytes(pixels))
         return names, digest.hexdigest() if references else "", frames
 
     def _frames_per_clip(self, slot: Slot, count: int) -> int:

@@ -54,5 +54,9 @@ class WorkflowError(MeasureError):
     """The workflow file cannot be read, or lacks what the comparison has to set."""
 
 
+class CannotWrite(MeasureError):
+    """The disk is full, or the folder of a comparison cannot be written; finished measurements are kept."""
+
+
 class ReportError(MeasureError):
     """A report file cannot be read, or has a major version that this reader does not know."""

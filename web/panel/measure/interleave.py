@@ -12,6 +12,7 @@ from typing import Any
 
 from .arms import Arm
 from .errors import ReportError, Stopped
+from .files import write_whole
 
 FILE_SCHEMA = "measurements@1"
 
@@ -176,10 +177,8 @@ class MeasurementFile:
 
     def _write(self, header: dict[str, Any], measurements: list[Measurement]) -> None:
         """Write the whole file anew, which also drops a last line torn by a crash."""
-        fresh = self.path.with_suffix(".tmp")
         lines = [json.dumps(header), *(json.dumps(asdict(m)) for m in measurements)]
-        fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        fresh.replace(self.path)
+        write_whole(self.path, "\n".join(lines) + "\n")
 
 
 def read_measurements(path: Path) -> tuple[str, list[Measurement]]:

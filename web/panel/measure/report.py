@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 from .arms import Arm
 from .errors import ReportError
+from .files import write_whole
 from .front import front_svg
 from .gallery import gallery, is_clips
 from .interleave import Cell, Measurement
@@ -204,19 +205,15 @@ def _processor() -> str:
 
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
     """Write report.json and index.html into `folder`, whose pictures the page inlines; returns both paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / "report.json", folder / "index.html"
     write_json(report, data)
-    page.write_text(render_html(report, folder), encoding="utf-8")
+    write_whole(page, render_html(report, folder))
     return data, page
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Write a report@1, in one piece, so that nobody ever reads half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    """Write a report@1."""
+    write_whole(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def read_report(path: Path) -> Report:
