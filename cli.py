@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import _thread
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -60,7 +59,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         action="extend",
         required=True,
         metavar="FILE",
-        help="workflow JSON, as saved by the editor or in API form; may be given more than once",
+        help="workflow as JSON in either form, or a PNG, WebP or video that carries one; may be given more than once",
     )
     command.add_argument(
         "--prompts",
@@ -91,12 +90,27 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="steps of the reference that every arm is measured against; 0 leaves it out (default: %(default)s)",
     )
+    command.add_argument(
+        "--each", action="store_true", help="also each Stretto node of the first workflow alone, where it has several"
+    )
+    command.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="NODE.SETTING=V1,V2",
+        help="also the first workflow with a setting at each of these values, such as Cache.interval=2,3,4; may be repeated",
+    )
     command.add_argument("--no-fewer-steps", action="store_true", help="leave out the plain sampler with fewer steps")
     command.add_argument("--resume", action="store_true", help="continue an interrupted comparison in the same folder")
     command.add_argument(
         "--out", type=Path, default=Path("report"), metavar="DIR", help="folder of the report (default: %(default)s)"
     )
-    command.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
+    form.add_argument("--csv", action="store_true", help="print one line of comma-separated values per arm instead of a table")
+    command.add_argument(
+        "--history", type=Path, metavar="FILE", help="enter the comparison in this history, which the panel can open"
+    )
     command.set_defaults(handler=run_compare)
 
 
@@ -417,14 +431,24 @@ def run_compare(args: argparse.Namespace) -> int:
     """Handle `compare`."""
     from stretto.web.panel.measure.client import ComfyClient
     from stretto.web.panel.measure.compare import arms_of, compare, read_prompts, read_workflow
+    from stretto.web.panel.measure.exports import csv_of, json_of
+    from stretto.web.panel.measure.history import entered
+    from stretto.web.panel.measure.variants import arms_beside, requested
     from stretto.web.panel.terminal import output_console, print_paths, print_report, show_progress
 
     out, log = output_console(), output_console(stderr=True)
     prompts = read_prompts(args.prompts)[: args.count]
+    request = {"workflow": args.workflow[0].name, "prompts": prompts, "command": args.reproduce}
     with ComfyClient(args.server) as client:
         client.health()
-        plain, arms = arms_of([(path.stem, read_workflow(path, client)) for path in args.workflow])
-        with show_progress(log if args.json else out) as progress:
+        workflows = [(path.stem, read_workflow(path, client)) for path in args.workflow]
+        plain, arms = arms_of(workflows)
+        first = workflows[0][1]
+        arms = arms_beside(arms, requested(first, client.object_info(), args.each, args.sweep), first)
+        with (
+            entered(args.history, args.out, request) as enter,
+            show_progress(log if args.json or args.csv else out) as progress,
+        ):
             report = compare(
                 client,
                 plain,
@@ -442,8 +466,9 @@ def run_compare(args: argparse.Namespace) -> int:
                 resume=args.resume,
                 command=args.reproduce,
             )
-    if args.json:
-        print(json.dumps(report))
+            enter(report)
+    if args.json or args.csv:
+        print((csv_of if args.csv else json_of)(report), end="")
     else:
         print_report(report, out)
         print_paths(args.out, out)
@@ -541,14 +566,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(args, "files_only", False):
         return args.handler(args)
     try:
-        from stretto.web.panel.measure.errors import MeasureError, ServerDied
+        from stretto.web.panel.measure.errors import CannotWrite, MeasureError, ServerDied
     except ModuleNotFoundError as error:
         print(f"stretto: {_missing(error)}", file=sys.stderr)
         return USAGE_ERROR
     try:
         return args.handler(args)
-    except ServerDied as error:
-        print(f"stretto: {error} The finished measurements are kept; --resume continues them.", file=sys.stderr)
+    except (ServerDied, CannotWrite) as error:
+        print(f"stretto: {error} (--resume)", file=sys.stderr)
     except MeasureError as error:
         print(f"stretto: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:

@@ -34,6 +34,18 @@ CORE = (
     "SaveImage",
     "PreviewImage",
 )
+CACHE = {
+    "input": {
+        "required": {
+            "model": ["MODEL", {}],
+            "method": ["COMBO", {"options": ["Taylor", "EasyCache"]}],
+            "interval": ["INT", {"default": 2, "min": 1, "max": 8}],
+            "order": ["INT", {"default": 1, "min": 0, "max": 3}],
+        }
+    },
+    "output": ["MODEL"],
+    "display_name": "Stretto Cache",
+}
 PACK = ("StrettoCache", "StrettoMeasure", "StrettoReport")
 TEXT = "StrettoDemoText"
 SKIPPED_COST = 0.05
@@ -106,7 +118,10 @@ class FakeComfy:
         return JSONResponse({"system": system, "devices": [{"name": "cpu", "type": "cpu", "vram_total": 2**34}]})
 
     async def _info(self, request: Request) -> Response:
-        return JSONResponse({name: {"input": {"required": {}}, "output": []} for name in self.classes})
+        known = {name: {"input": {"required": {}}, "output": []} for name in self.classes}
+        if self.with_pack:
+            known["StrettoCache"] = CACHE
+        return JSONResponse(known)
 
     async def _history(self, request: Request) -> Response:
         key = request.path_params["id"]

@@ -114,3 +114,58 @@ def test_panel_on_a_port_in_use(cli, capsys):
         taken.listen()
         assert cli.main(["panel", "--port", str(taken.getsockname()[1])]) == 2
     assert "choose another with --port" in capsys.readouterr().err
+
+
+def test_a_sweep_from_the_command_line(compare, capsys):
+    assert compare("--json", "--each", "--sweep", "Cache.interval=2,3,4", "--sweep", "2.order=0", "--no-fewer-steps") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [arm["label"] for arm in report["arms"]] == [
+        "Plain", "Taylor (every 2, order 1)", "Cache, interval 3", "Cache, interval 4", "Cache, order 0", "Plain, 50 steps",
+    ]  # fmt: skip
+    three, four = report["arms"][2:4]
+    assert three["workflow"]["2"]["inputs"]["interval"] == 3 and four["ratio"]["sampler"]["median"] > 1.5
+
+
+@pytest.mark.parametrize(
+    "sweep,sentence",
+    [
+        ("interval", "is no sweep; write NODE.SETTING=value"),
+        ("Other.interval=2", "No node is called 'Other'; Stretto nodes here: Cache (node 2)"),
+        ("Cache.speed=2", "no setting 'speed'; it has method, interval, order"),
+        ("Cache.interval=99", "whole numbers from 1 to 8"),
+        ("Cache.interval=", "at least one value"),
+    ],
+)
+def test_a_wrong_sweep_says_what_is_right(compare, capsys, sweep, sentence):
+    assert compare("--sweep", sweep) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_history_keeps_what_was_compared_and_what_failed(compare, capsys, tmp_path, workflow_file):
+    from stretto.web.panel.measure.history import History
+
+    file = tmp_path / "history.sqlite"
+    assert compare("--history", str(file), "--prompts", "a red cat") == 0
+    assert compare("--history", str(file), "--steps", "20000", "--out", str(tmp_path / "bad")) == 2
+    failed, done = History(file).list()
+    assert (done.state, done.workflow, failed.state) == ("finished", "image-taylor.json", "failed")
+    assert "input 'steps'" in failed.summary and done.ratio > 1.5
+    assert History(file).list(search="red cat") == [done]
+
+
+def test_compare_prints_csv_alone(compare, capsys):
+    assert compare("--csv", "--no-fewer-steps") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("created,label,role,verdict") and len(lines) == 4
+
+
+def test_a_picture_carries_the_workflow(cli, fake, workflow, tmp_path, capsys):
+    from PIL import Image, PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    info.add_text("prompt", json.dumps(workflow))
+    Image.new("RGB", (8, 8)).save(tmp_path / "made.png", pnginfo=info)
+    _, url = fake()
+    words = ["compare", "--server", url, "--workflow", str(tmp_path / "made.png"), "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--repeats", "1", "--reference-steps", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["arms"][1]["verdict"] == "too few rounds for a verdict"

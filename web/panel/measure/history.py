@@ -10,14 +10,14 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .errors import ReportError
+from .errors import ReportError, Stopped
 from .lock import is_locked
 from .metrics import from_json_number
 from .report import Report, read_report
@@ -226,6 +226,27 @@ class History:
 
     def _path(self, stored: str) -> Path:
         return Path(os.path.normpath(self.path.parent / stored))
+
+
+@contextmanager
+def entered(path: Path | None, folder: Path, request: dict[str, Any]) -> Iterator[Callable[[Report], None]]:
+    """A comparison in the history `path` from beginning to end, however it ends; None leaves it out.
+
+    Yields what takes the report. Whoever cancels leaves the comparison stopped, and it can be continued.
+    """
+    if path is None:
+        yield lambda report: None
+        return
+    history = History(path)
+    number = history.begin(folder, request)
+    try:
+        yield lambda report: history.finish(number, report)
+    except (Stopped, KeyboardInterrupt):
+        history.stopped(number)
+        raise
+    except Exception as error:
+        history.fail(number, str(error) or error.__class__.__name__)
+        raise
 
 
 def _now() -> str:

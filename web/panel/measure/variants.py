@@ -237,6 +237,47 @@ def _workflow(variant: Variant, api: Api) -> Api:
     raise WorkflowError(f"The variant {variant.label!r} does not say what it is about.")
 
 
+def requested(api: Api, object_info: ObjectInfo, each: bool, sweeps: Iterable[str]) -> list[Variant]:
+    """Variants as the command line asks for them: every node alone, and sweeps written NODE.SETTING=value,value,...
+
+    NODE is a node's id, class or title, with or without "Stretto" in front. Raises `WorkflowError`.
+    """
+    nodes = stretto_nodes(api, object_info)
+    found = [variant for variant in offered(api, object_info) if variant.kind == "alone"] if each else []
+    for text in sweeps:
+        place, equals, values = text.partition("=")
+        name, _, setting = place.rpartition(".")
+        if not (equals and name and setting):
+            raise WorkflowError(f"{text!r} is no sweep; write NODE.SETTING=value,value,... such as Cache.interval=2,3,4.")
+        found += sweep(_named(nodes, name), setting.strip(), [value.strip() for value in values.split(",") if value.strip()])
+    return found
+
+
+def _named(nodes: Sequence[StrettoNode], name: str) -> StrettoNode:
+    """The one node that is called so."""
+    wanted = _bare_name(name)
+    fitting = [node for node in nodes if wanted in map(_bare_name, (node.id, node.class_type, node.title, node.technique))]
+    if len(fitting) != 1:
+        there = ", ".join(f"{node.technique} (node {node.id})" for node in nodes) or "none"
+        raise WorkflowError(f"{'Several nodes are' if fitting else 'No node is'} called {name!r}; Stretto nodes here: {there}.")
+    return fitting[0]
+
+
+def _bare_name(name: str) -> str:
+    return name.lower().replace(" ", "").removeprefix(edit.PREFIX.lower())
+
+
+def arms_beside(arms: Sequence[Arm], variants: Iterable[Variant], api: Api) -> list[Arm]:
+    """`arms` and one for each variant that runs something else than they do, with names of their own."""
+    found, shapes = list(arms), [edit.shape(arm.workflow) for arm in arms]
+    for variant in variants:
+        arm = _arm(variant, api, [*RESERVED, *(other.name for other in found)])
+        if edit.shape(arm.workflow) not in shapes:
+            found.append(arm)
+            shapes.append(edit.shape(arm.workflow))
+    return found
+
+
 # Variants as drawings
 
 
