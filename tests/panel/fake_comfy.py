@@ -58,6 +58,8 @@ class FakeComfy:
         self.classes = {*CORE, TEXT, *(PACK if with_pack else ())}
         self.with_pack, self.drift, self.side = with_pack, drift, side
         self.fail, self.fail_at = "", 0
+        self.delay = 0.0  # seconds before the history answers
+        self.models: dict[str, list[str]] = {}  # by name of an input, where only some are there
         self.runs: list[dict[str, Any]] = []
         self.history: dict[str, Any] = {}
         self.traces: dict[str, list[dict[str, Any]]] = {}
@@ -124,6 +126,7 @@ class FakeComfy:
         return JSONResponse(known)
 
     async def _history(self, request: Request) -> Response:
+        await asyncio.sleep(self.delay)
         key = request.path_params["id"]
         return JSONResponse({key: self.history[key]} if key in self.history else {})
 
@@ -168,6 +171,22 @@ class FakeComfy:
                     },
                     status_code=400,
                 )
+            for name in set(self.models) & set(node["inputs"]):
+                value, there = node["inputs"][name], self.models[name]
+                if value not in there:
+                    error = {
+                        "type": "value_not_in_list",
+                        "message": "Value not in list",
+                        "details": f"{name}: '{value}' not in {there}",
+                        "extra_info": {"input_name": name, "input_config": [there], "received_value": value},
+                    }
+                    return JSONResponse(
+                        {
+                            "error": {"type": "prompt_outputs_failed_validation", "message": "failed"},
+                            "node_errors": {key: {"errors": [error], "class_type": node["class_type"]}},
+                        },
+                        status_code=400,
+                    )
             if node["class_type"] == "KSampler" and node["inputs"]["steps"] > 10000:
                 error = {
                     "type": "value_bigger_than_max",

@@ -208,6 +208,8 @@ class ComfyClient:
             entry = self.history(prompt_id)
         except ServerUnreachable as error:
             raise self._died() from error
+        except RunTimeout:
+            return False  # busy, with loading a model for instance; how long a run may take decides
         if entry is None:
             return False
         for name, data in entry.get("status", {}).get("messages", []):

@@ -280,7 +280,7 @@ class _Comparison:
             try:
                 pixels = read_rgb(self.client.fetch_image(reference))
             except ValueError as error:
-                raise MeasureError(f"{error} (arm {slot.arm.label!r}, file {str(reference['filename'])[:80]!r})") from error
+                raise MeasureError(f"{error} It is {reference['filename'][:80]!r} of the arm {slot.arm.label!r}.") from error
             digest.update(pixels.tobytes())
             if slot.repeat == 0:
                 number = f"{index // frames}-{index % frames:03d}" if frames > 1 else str(index)
