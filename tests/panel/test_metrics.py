@@ -98,7 +98,11 @@ def test_interval_covers_the_true_median():
         ([1.01] * 6, "no measurable difference"),
         ([0.9, 1.6, 1.2, 1.1], "no measurable difference"),
         ([2.0, 2.0], "too few rounds for a verdict"),
+        ([], "not measured"),
+        ([1.5, 1.55, 1.52], "faster"),
+        ([0.6, 0.62, 0.61], "slower"),
+        ([1.05, 1.3, 1.02], "too few rounds for a verdict"),
     ],
 )
 def test_verdict(values, words):
-    assert verdict_of(metrics.spread(values)) == words
+    assert verdict_of(values) == words

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 from .arms import Arm, get_steps
@@ -16,19 +16,29 @@ from .scores import PictureScores
 
 SMALLEST_EFFECT = 0.02  # a ratio closer to 1 than this is never called a difference
 FEWEST_ROUNDS = 3  # fewer rounds give no verdict
+T_99 = {3: 9.925, 4: 5.841, 5: 4.604}  # Student's t by number of rounds, two-sided 99 %
 BASELINES = {"plain": "baseline", "reference": "reference"}  # roles that are not judged
 SKIPPED = ("forecast", "reused")
 
 
-def verdict_of(ratio: Spread | None) -> str:
-    """A ratio (plain seconds / arm seconds per round) in words."""
-    if ratio is None:
+def verdict_of(ratios: Sequence[float]) -> str:
+    """Ratios (plain seconds / arm seconds, one per round) in words.
+
+    From six rounds on the 95 % interval of their median decides. Fewer have none: that all of three stand on one side of 1 is
+    chance in a quarter of all cases, so there the mean of the logarithms must also differ from 0 in a t test at 99 %.
+    """
+    interval = spread(ratios)
+    if interval is None:
         return "not measured"
-    if ratio.count < FEWEST_ROUNDS:
+    if interval.count < FEWEST_ROUNDS:
         return "too few rounds for a verdict"
-    if ratio.low <= 1.0 <= ratio.high or abs(ratio.median - 1.0) < SMALLEST_EFFECT:
+    if interval.low <= 1.0 <= interval.high or abs(interval.median - 1.0) < SMALLEST_EFFECT:
         return "no measurable difference"
-    return "faster" if ratio.median > 1.0 else "slower"
+    if interval.count in T_99:
+        logs = [math.log(ratio) for ratio in ratios]
+        if abs(mean(logs)) <= T_99[interval.count] * stdev(logs) / math.sqrt(len(logs)):
+            return "too few rounds for a verdict"
+    return "faster" if interval.median > 1.0 else "slower"
 
 
 def by_arm(measurements: Iterable[Measurement]) -> dict[str, list[Measurement]]:
@@ -48,7 +58,7 @@ def arm_row(
     sampler = spread([run.sampler_seconds for run in runs if run.sampler_seconds is not None])
     total = spread([run.seconds for run in runs])
     plain = [] if arm.role in BASELINES else plain
-    ratios = {"sampler": _ratio(runs, plain, "sampler_seconds"), "total": _ratio(runs, plain, "seconds")}
+    ratios = {"sampler": _ratios(runs, plain, "sampler_seconds"), "total": _ratios(runs, plain, "seconds")}
     row: dict[str, Any] = {
         "name": arm.name,
         "label": arm.label,
@@ -56,7 +66,7 @@ def arm_row(
         "steps": get_steps(arm.workflow),
         "runs": len(runs),
         "seconds": {"sampler": _json(sampler), "total": _json(total)},
-        "ratio": {key: _json(value) for key, value in ratios.items()},
+        "ratio": {key: _json(spread(values)) for key, values in ratios.items()},
         "verdict": BASELINES.get(arm.role) or verdict_of(ratios["sampler"] or ratios["total"]),
         "calls": _calls(runs),
         "ceiling": _ceiling(runs),
@@ -77,7 +87,7 @@ def _json(value: Spread | None) -> dict[str, Any] | None:
     return value.to_json() if value else None
 
 
-def _ratio(runs: Sequence[Measurement], plain: Sequence[Measurement], field: str) -> Spread | None:
+def _ratios(runs: Sequence[Measurement], plain: Sequence[Measurement], field: str) -> list[float]:
     """plain / arm over the rounds that have both."""
     baseline = {run.round: getattr(run, field) for run in plain}
     pairs = [
@@ -85,7 +95,7 @@ def _ratio(runs: Sequence[Measurement], plain: Sequence[Measurement], field: str
         for run in runs
         if baseline.get(run.round) is not None and getattr(run, field) is not None
     ]
-    return spread(paired_ratios([first for first, _ in pairs], [second for _, second in pairs]))
+    return paired_ratios([first for first, _ in pairs], [second for _, second in pairs])
 
 
 def _calls(runs: Sequence[Measurement]) -> dict[str, Any] | None:

@@ -43,7 +43,11 @@ def columns(report: dict[str, Any]) -> list[Column]:
             lambda arm: _seconds(arm["seconds"]["sampler"]),
         ),
         Column("Speed", "plain seconds / this arm's, per round: median [95 % interval]", _ratio),
-        Column("Verdict", "from the 95 % interval of the speed", lambda arm: arm["verdict"]),
+        Column(
+            "Verdict",
+            "from the 95 % interval of the speed; below six rounds a t test at 99 % must agree",
+            lambda arm: arm["verdict"],
+        ),
         Column(
             "Total, s",
             "seconds of the whole run with text, VAE and picture: median [quartiles]",
