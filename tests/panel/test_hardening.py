@@ -252,6 +252,7 @@ def test_200_frames_are_scored_and_shown_in_bounded_memory(tmp_path):
             Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG", compress_level=0)
             (tmp_path / found[-1]).write_bytes(buffer.getvalue())
     one_clip = count * np.prod(size)
+    score_pictures(tmp_path, names["fast"][1:2], names["plain"][1:2], None, perceptual=Perceptual())  # imports, once for all
     tracemalloc.start()
     scores = score_pictures(tmp_path, names["fast"], names["plain"], names["plain"], count, 16.0, Perceptual())
     scoring = tracemalloc.get_traced_memory()[1]
