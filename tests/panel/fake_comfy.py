@@ -51,12 +51,57 @@ TEXT = "StrettoDemoText"
 SKIPPED_COST = 0.05
 
 
+def _schema(required: dict[str, Any], output: tuple[str, ...] = ("MODEL",), **more: Any) -> dict[str, Any]:
+    return {"input": {"required": required}, "output": list(output), "output_node": not output, **more}
+
+
+_INT = ["INT", {"default": 1, "min": 0, "max": 2**53}]
+# Schemas for `FakeComfy(schemas=SCHEMAS)`: enough to read, change and draw the workflow of the tests.
+SCHEMAS = {
+    "UNETLoader": _schema({"unet_name": [["m.safetensors"]], "weight_dtype": [["default"]]}),
+    "VAELoader": _schema({"vae_name": [["v.safetensors"]]}, ("VAE",)),
+    TEXT: _schema({"text": ["STRING", {"multiline": True}]}, ("CONDITIONING",)),
+    "EmptySD3LatentImage": _schema({"width": _INT, "height": _INT, "batch_size": _INT}, ("LATENT",)),
+    "KSampler": _schema(
+        {
+            "model": ["MODEL"], "seed": _INT, "steps": ["INT", {"default": 20, "min": 1, "max": 10000}],
+            "cfg": ["FLOAT", {"default": 8.0}], "sampler_name": [["euler", "heun"]], "scheduler": [["simple", "normal"]],
+            "positive": ["CONDITIONING"], "negative": ["CONDITIONING"], "latent_image": ["LATENT"],
+            "denoise": ["FLOAT", {"default": 1.0}],
+        },
+        ("LATENT",),
+    ),
+    "VAEDecode": _schema({"samples": ["LATENT"], "vae": ["VAE"]}, ("IMAGE",)),
+    "SaveImage": _schema({"images": ["IMAGE"], "filename_prefix": ["STRING", {}]}, ()),
+    "PreviewImage": _schema({"images": ["IMAGE"]}, ()),
+    "StrettoMeasure": _schema({"model": ["MODEL"], "nonce": _INT}),
+    "StrettoReport": _schema({"samples": ["LATENT"]}, ("IMAGE",)),
+    "StrettoCache": _schema(
+        {
+            "model": ["MODEL"], "method": [["Taylor", "EasyCache"]], "interval": ["INT", {"default": 2, "min": 1, "max": 8}],
+            "order": ["INT", {"default": 1, "min": 0, "max": 3}],
+            "threshold": ["FLOAT", {"default": 0.05, "min": 0.0, "max": 1.0}], "warmup": _INT,
+            "tail": _INT, "required": ["BOOLEAN", {"default": False}],
+        },
+        display_name="Stretto Cache",
+    ),
+}  # fmt: skip
+
+
 class FakeComfy:
     """`drift(n)` multiplies the seconds of the n-th run; `fail` is "", "execution", "interrupt", "hang" or "die"."""
 
-    def __init__(self, with_pack: bool = True, drift: Callable[[int], float] = lambda n: 1.0, side: int = 64):
+    def __init__(
+        self,
+        with_pack: bool = True,
+        drift: Callable[[int], float] = lambda n: 1.0,
+        side: int = 64,
+        schemas: dict[str, Any] | None = None,
+    ):
         self.classes = {*CORE, TEXT, *(PACK if with_pack else ())}
         self.with_pack, self.drift, self.side = with_pack, drift, side
+        self.schemas = schemas or {}
+        self.previews: list[str | None] = []  # what each run asked for
         self.fail, self.fail_at = "", 0
         self.delay = 0.0  # seconds before the history answers
         self.models: dict[str, list[str]] = {}  # by name of an input, where only some are there
@@ -123,7 +168,7 @@ class FakeComfy:
         known = {name: {"input": {"required": {}}, "output": []} for name in self.classes}
         if self.with_pack:
             known["StrettoCache"] = CACHE
-        return JSONResponse(known)
+        return JSONResponse({name: self.schemas.get(name, schema) for name, schema in known.items()})
 
     async def _history(self, request: Request) -> Response:
         await asyncio.sleep(self.delay)
@@ -203,6 +248,7 @@ class FakeComfy:
                 )
         key = f"run-{len(self.runs)}"
         self.runs.append(api)
+        self.previews.append((body.get("extra_data") or {}).get("preview_method"))
         task = asyncio.create_task(self._run(key, api, body["client_id"]))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)

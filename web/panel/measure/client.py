@@ -28,9 +28,11 @@ from .errors import (
 
 Api = dict[str, dict[str, Any]]
 StepCallback = Callable[[int, int], None]
+PreviewCallback = Callable[[bytes], None]
 
 LONGEST = 200  # characters of a server's details in a message
 POLL_SECONDS = 0.25  # how long a read waits before the stop event and the deadline are looked at
+PREVIEW, PREVIEW_WITH_METADATA = 1, 4  # the first four bytes of a binary message; the next four are a kind or a length
 SILENCE_SECONDS = 5.0  # after so long without a message the history is asked, in case the final event was lost
 
 
@@ -123,9 +125,13 @@ class ComfyClient:
             self._post("/queue", {"delete": [prompt_id]})
         self._post("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
 
-    def queue(self, workflow: Api) -> str:
-        """Queue an API workflow and return its prompt id; raises `InvalidWorkflow`."""
-        response = self._post("/prompt", {"prompt": workflow, "client_id": self.client_id})
+    def queue(self, workflow: Api, previews: bool = False) -> str:
+        """Queue an API workflow and return its prompt id; raises `InvalidWorkflow`.
+
+        `previews` asks servers that can switch per run (those with `extra_data.preview_method`) to send some.
+        """
+        body = {"prompt": workflow, "client_id": self.client_id}
+        response = self._post("/prompt", {**body, "extra_data": {"preview_method": "auto"}} if previews else body)
         try:
             reply = response.json()
         except json.JSONDecodeError:
@@ -147,15 +153,19 @@ class ComfyClient:
         workflow: Api,
         *,
         on_step: StepCallback | None = None,
+        on_preview: PreviewCallback | None = None,
         stop: threading.Event | None = None,
         timeout: float = 1800.0,
     ) -> RunResult:
-        """Run an API workflow to its end; `timeout` in seconds, `on_step(step, steps)` follows the sampler."""
+        """Run an API workflow to its end; `timeout` in seconds, `on_step(step, steps)` follows the sampler.
+
+        `on_preview(file)` gets previews, PNG or JPEG, and asks for them: making them costs time, so not while measuring.
+        """
         with self._connect() as socket:
-            prompt_id = self.queue(workflow)
+            prompt_id = self.queue(workflow, on_preview is not None)
             state = _Progress(started=time.monotonic())
             try:
-                self._follow(socket, prompt_id, state, on_step, stop, state.started + timeout)
+                self._follow(socket, prompt_id, state, (on_step, on_preview), stop, state.started + timeout)
             except (Stopped, RunTimeout, KeyboardInterrupt):
                 self.interrupt(prompt_id)
                 raise
@@ -176,11 +186,12 @@ class ComfyClient:
         socket: ClientConnection,
         prompt_id: str,
         state: _Progress,
-        on_step: StepCallback | None,
+        callbacks: tuple[StepCallback | None, PreviewCallback | None],
         stop: threading.Event | None,
         deadline: float,
     ) -> None:
         """Read events until the run is over."""
+        on_step, on_preview = callbacks
         heard = time.monotonic()
         while not state.done:
             if stop is not None and stop.is_set():
@@ -201,6 +212,8 @@ class ComfyClient:
             heard = time.monotonic()
             if isinstance(message, str):
                 _apply_event(json.loads(message), prompt_id, state, on_step)
+            elif on_preview is not None and (picture := _preview(message)):
+                on_preview(picture)
 
     def _settled(self, prompt_id: str) -> bool:
         """Whether the history knows the end of a run that has become silent; raises if it failed or the server died."""
@@ -263,6 +276,14 @@ class ComfyClient:
 
     def _died(self) -> ServerDied:
         return ServerDied(f"The server at {self.base_url} went away in the middle of a run; it may have crashed.")
+
+
+def _preview(message: bytes) -> bytes:
+    """The picture in a binary message; empty when it holds none."""
+    kind, length = (int.from_bytes(message[start : start + 4], "big") for start in (0, 4))
+    if kind == PREVIEW:
+        return message[8:]
+    return message[8 + length :] if kind == PREVIEW_WITH_METADATA else b""
 
 
 def _address(url: str) -> SplitResult:

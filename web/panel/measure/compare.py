@@ -14,7 +14,7 @@ from typing import Any
 from . import arms as edit
 from .arms import MEASURE, Api, Arm
 from .carried import read_carried
-from .client import ComfyClient, StepCallback
+from .client import ComfyClient, PreviewCallback, StepCallback
 from .errors import MeasureError, RunTimeout, ServerDied, ServerUnreachable, Stopped, WorkflowError
 from .files import check_space, write_whole, writing
 from .interleave import Cell, Measurement, MeasurementFile, Slot, cells_of, remaining, run_interleaved, schedule
@@ -67,17 +67,20 @@ def compare(
     resume: bool = False,
     stop: threading.Event | None = None,
     command: str = "",
+    preview: PreviewCallback | None = None,
 ) -> Report:
     """Measure `arms` against `plain_workflow` (API JSON) and write report.json and index.html into `out_dir`.
 
     Without prompts or seeds those of the workflow are used. `competitor` adds the same sampler with as many steps as
     the first arm computes. `reference_steps` 0 leaves the reference out. Setting `stop` ends the comparison early with
-    a report of the complete rounds. Raises `MeasureError`s; finished measurements stay in `out_dir` for `resume`.
+    a report of the complete rounds. `preview` gets pictures, PNG or JPEG, while they are made: previews in runs that are not
+    measured, since making them costs time, and the first picture of every measured run after its end. Raises
+    `MeasureError`s; finished measurements stay in `out_dir` for `resume`.
     """
     folder = Path(out_dir)
     with writing(folder), folder_lock(folder):
         check_space(folder)
-        comparison = _Comparison(client, folder, progress, stop)
+        comparison = _Comparison(client, folder, progress, stop, preview)
         comparison.plan(plain_workflow, arms, prompts, seeds, batch, steps)
         return comparison.run(repeats, warmup, reference_steps, competitor, resume, command)
 
@@ -86,9 +89,14 @@ class _Comparison:
     """State of one comparison: the arms and cells, what has been measured, and whom to tell."""
 
     def __init__(
-        self, client: ComfyClient, folder: Path, progress: ProgressCallback | None, stop: threading.Event | None
+        self,
+        client: ComfyClient,
+        folder: Path,
+        progress: ProgressCallback | None,
+        stop: threading.Event | None,
+        preview: PreviewCallback | None,
     ):
-        self.client, self.folder, self.stop = client, folder, stop
+        self.client, self.folder, self.stop, self.preview = client, folder, stop, preview
         self.tell = progress or (lambda _: None)
         self.stats = client.health()
         self.with_pack = client.has_node(MEASURE)
@@ -235,7 +243,11 @@ class _Comparison:
         """One run on the server, with its traces and, unless it is discarded, its pictures."""
         phase = phase or ("warm-up" if slot.warmup else "measuring")
         result = self.client.run(
-            self._workflow(slot), on_step=self._stepper(phase, slot), stop=self.stop, timeout=RUN_TIMEOUT
+            self._workflow(slot),
+            on_step=self._stepper(phase, slot),
+            on_preview=None if phase == "measuring" else self.preview,
+            stop=self.stop,
+            timeout=RUN_TIMEOUT,
         )
         cached = set(edit.sampler_ids(slot.arm.workflow)) & result.cached
         if cached:
@@ -278,9 +290,12 @@ class _Comparison:
         frames = self._frames_per_clip(slot, len(references))
         for index, reference in enumerate(references):
             try:
-                pixels = read_rgb(self.client.fetch_image(reference))
+                picture = self.client.fetch_image(reference)
+                pixels = read_rgb(picture)
             except ValueError as error:
                 raise MeasureError(f"{error} It is {reference['filename'][:80]!r} of the arm {slot.arm.label!r}.") from error
+            if index == 0 and self.preview is not None:
+                self.preview(picture)
             digest.update(pixels.tobytes())
             if slot.repeat == 0:
                 number = f"{index // frames}-{index % frames:03d}" if frames > 1 else str(index)
