@@ -130,6 +130,12 @@ def _add_panel(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--workflow", metavar="NAME", help="file in that folder that is chosen at first")
     command.add_argument(
+        "--history",
+        type=Path,
+        metavar="FILE",
+        help="file that remembers the comparisons (default: history.sqlite in the folder of the reports)",
+    )
+    command.add_argument(
         "--out",
         type=Path,
         default=Path("report") / "panel",
@@ -481,7 +487,8 @@ def run_panel(args: argparse.Namespace) -> int:
 
     if args.until_stdin_closes:
         threading.Thread(target=_interrupt_at_end_of, args=(sys.stdin.buffer,), daemon=True).start()
-    serve(PanelConfig(args.server, args.workflows, args.out, args.host, args.port, args.workflow), announce=print)
+    config = PanelConfig(args.server, args.workflows, args.out, args.host, args.port, args.workflow, args.history)
+    serve(config, announce=print)
     return 0
 
 

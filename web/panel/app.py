@@ -14,26 +14,35 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.routing import Route
 
-from . import views
-from .measure import arms as edit
-from .measure.client import ComfyClient
-from .measure.compare import read_workflow
+from . import controls, past, results, views
+from .controls import Controls
+from .door import ROUTE, Door, workflow_route
 from .measure.errors import MeasureError
 from .measure.report import STYLE
-from .session import Request, Session
+from .past import Past
+from .results import Results
+from .session import Session
 
 FONTS = ["system-ui", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
 MONO_FONTS = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace"]
 CSS = Path(__file__).with_name("panel.css")
 STATUS_SECONDS = 15.0
+# In a frame (`?embed=1`) the page leaves its masthead out; the class is set before anything is drawn.
+HEAD = (
+    '<script>if (new URLSearchParams(location.search).get("embed") === "1") '
+    'document.documentElement.classList.add("embed");</script>'
+)
 
 
 @dataclass(frozen=True)
 class PanelConfig:
     """Where ComfyUI answers, where workflows and reports lie, where the page listens, and what it begins with.
 
-    `chosen` is the name of a workflow file; None, or a name that is not in the folder, takes the first.
+    `chosen` is the name of a workflow file; None, or a name that is not in the folder, takes the first. `history` is the
+    file of past comparisons; None puts it into `out`.
     """
 
     server: str
@@ -42,174 +51,135 @@ class PanelConfig:
     host: str = "127.0.0.1"
     port: int = 7860
     chosen: str | None = None
+    history: Path | None = None
+
+    def session(self) -> Session:
+        """The session that a page of this configuration runs."""
+        return Session(self.server, self.workflows, self.out, self.history)
 
 
 @dataclass(frozen=True)
-class Controls:
-    """What the person fills in."""
+class Page:
+    """The parts of the page that events connect."""
 
-    workflow: gr.Dropdown
-    prompts: gr.Textbox
-    seed: gr.Number
-    steps: gr.Number
-    repeats: gr.Slider
-    fewer: gr.Checkbox
-    reference: gr.Checkbox
-    run: gr.Button
-    stop: gr.Button
-
-    def inputs(self) -> list[Any]:
-        """The components that a run reads, in the order of `Request.from_page`."""
-        return [self.workflow, self.prompts, self.seed, self.steps, self.repeats, self.fewer, self.reference]
+    blocks: gr.Blocks
+    status: gr.HTML
+    tabs: gr.Tabs
+    controls: Controls
+    offer: gr.Group
+    offered: gr.HTML
+    again: gr.Button
+    results: Results
+    past: Past
 
 
-@dataclass(frozen=True)
-class Output:
-    """What the page shows; `outputs` is the order in which `views.Page` fills it."""
-
-    progress: gr.HTML
-    picture: gr.Dropdown
-    slider: gr.ImageSlider
-    clip: gr.HTML
-    table: gr.HTML
-    timeline: gr.HTML
-    export: gr.DownloadButton
-
-    def outputs(self) -> list[Any]:
-        """The components in the order of `views.Page.updates`."""
-        return [self.progress, self.picture, self.slider, self.clip, self.table, self.timeline, self.export]
-
-
-def workflow_files(folder: Path) -> list[str]:
-    """Names of the workflow files to choose from; the pack's default method comes first and the plain one last."""
-    names = sorted(path.name for path in folder.glob("*.json")) if folder.is_dir() else []
-    return sorted(names, key=lambda name: ("plain" in name, "taylor" not in name))
-
-
-def build_app(config: PanelConfig) -> gr.Blocks:
+def build_app(config: PanelConfig, session: Session | None = None) -> gr.Blocks:
     """The page, not yet served."""
-    session = Session(config.server, config.workflows, config.out)
-    with gr.Blocks(title="Stretto", analytics_enabled=False, fill_width=True) as page:
+    session = session or config.session()
+    with gr.Blocks(title="Stretto", analytics_enabled=False, fill_width=True) as blocks:
         with gr.Row(elem_classes="masthead"):
-            gr.HTML(
-                "<h1>Stretto</h1><p>One workflow, plain and accelerated, with the same seed.</p>", elem_classes="title"
-            )
+            gr.HTML("<h1>Stretto</h1><p>One workflow, plain and accelerated, with the same seed.</p>", elem_classes="title")
             status = gr.HTML(elem_classes="status")
-        with gr.Row():
-            with gr.Column(scale=1, min_width=300):
-                controls = _controls(config)
-            with gr.Column(scale=3, min_width=320):
-                output = _output()
-        _wire(page, config, session, controls, output, status)
-    return page
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("Compare", id="compare"), gr.Row(elem_classes="halves"):
+                with gr.Column(scale=1, min_width=300, elem_classes="left"):
+                    left = controls.build(session, config.chosen)
+                with gr.Column(scale=3, min_width=320, elem_classes="right"):
+                    with gr.Group(visible=False, elem_classes="offer") as offer:
+                        offered = gr.HTML()
+                        again = gr.Button("Resume", size="sm", min_width=80, elem_id="resume")
+                    right = results.build()
+            with gr.Tab("History", id="history") as tab:
+                old = past.build()
+        page = Page(blocks, status, tabs, left, offer, offered, again, right, old)
+        controls.wire(session, left)
+        results.wire(session, right)
+        past.wire(session, old)
+        _wire(config, session, page)
+        tab.select(lambda: past.listed(session), outputs=old.entries, show_progress="hidden")
+    return blocks
 
 
-def _controls(config: PanelConfig) -> Controls:
-    """The left column."""
-    names = workflow_files(config.workflows)
-    workflow = gr.Dropdown(
-        names,
-        value=config.chosen if config.chosen in names else next(iter(names), None),
-        label="Workflow",
-        info="Its Stretto nodes are bypassed for the plain picture or clip.",
-    )
-    prompts = gr.Textbox(label="Prompts", lines=3, max_lines=8, info="One per line; empty takes the workflow's own.")
-    with gr.Row():
-        seed = gr.Number(label="Seed", precision=0, minimum=0, min_width=100)
-        steps = gr.Number(label="Steps", precision=0, minimum=1, maximum=1000, min_width=100)
-    repeats = gr.Slider(
-        1, 10, value=3, step=1, label="Repeats", info="Rounds per prompt; a verdict needs three in all."
-    )
-    fewer = gr.Checkbox(value=True, label="Also fewer steps", info="The competitor that costs nothing.")
-    reference = gr.Checkbox(
-        value=False, label="Also a 200-step reference", info="Shows which result is nearer the exact one."
-    )
-    with gr.Row():
-        run = gr.Button("Run", variant="primary", elem_id="run", min_width=100)
-        stop = gr.Button("Stop", variant="secondary", elem_id="stop", min_width=100)
-    return Controls(workflow, prompts, seed, steps, repeats, fewer, reference, run, stop)
-
-
-def _output() -> Output:
-    """The right column."""
-    progress = gr.HTML(views.idle(), elem_id="progress")
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            slider = gr.ImageSlider(
-                label="Plain | accelerated",
-                show_label=True,
-                interactive=False,
-                format="png",
-                type="pil",
-                max_height=512,
-                elem_id="slider",
-                buttons=["fullscreen"],
-            )
-            clip = gr.HTML(visible=False, elem_id="clip")
-        with gr.Column(scale=1, min_width=220):
-            picture = gr.Dropdown([], label="Picture", interactive=True, visible=False, elem_id="picture")
-            export = gr.DownloadButton("Export report (HTML)", visible=False, elem_id="export")
-    table = gr.HTML(elem_id="table")
-    timeline = gr.HTML(elem_id="timeline")
-    return Output(progress, picture, slider, clip, table, timeline, export)
-
-
-def _wire(
-    page: gr.Blocks, config: PanelConfig, session: Session, controls: Controls, output: Output, status: gr.HTML
-) -> None:
-    """Connect events."""
+def _wire(config: PanelConfig, session: Session, page: Page) -> None:
+    """Connect what crosses from one part of the page to another."""
+    outputs, offer = page.results.outputs(), [page.offer, page.offered]
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
 
     def check() -> str:
         return views.status(config.server, *session.check_server())
 
-    def defaults(name: str | None) -> list[Any]:
-        return workflow_defaults(config, name)
+    def begin(request: gr.Request) -> list[Any]:
+        return [*_beginning(config, session, request.query_params.get("workflow")), *_offer(session)]
+
+    def running(go: Callable[[], None]) -> Iterator[list[Any]]:
+        try:
+            go()
+        except MeasureError as error:
+            yield results.update(progress=views.trouble(str(error)))
+            return
+        yield from results.watch(session)
 
     def start(*values: Any) -> Iterator[list[Any]]:
-        try:
-            session.start(Request.from_page(*values))
-        except MeasureError as error:
-            yield views.Page(progress=views.failure(str(error))).updates()
-            return
-        yield from watch()
+        yield from running(lambda: session.start(controls.request_of(session, *values)))
 
-    def watch() -> Iterator[list[Any]]:
-        for state in session.watch():
-            yield views.page_of(state).updates()
+    def resume() -> Iterator[list[Any]]:
+        entry = past.unfinished(session)
+        if entry is not None:
+            yield from running(lambda: session.resume(entry.id))
 
-    def choose(choice: str) -> list[Any]:
-        if session.report is None or session.folder is None:
-            return [gr.skip(), gr.skip()]
-        return [view(session.report, session.folder, choice) for view in (views.slider_of, views.clip_of)]
+    def resume_ticked(ids: list[int]) -> Iterator[list[Any]]:
+        def go() -> None:
+            if len(ids) != 1:
+                raise MeasureError("Tick one interrupted comparison to resume it.")
+            session.resume(ids[0])
+
+        yield from running(go)
+
+    def open_ticked(ids: list[int]) -> list[Any]:
+        if len(ids) != 1:
+            return [views.trouble("Tick one comparison to open it."), gr.skip(), *results.update()]
+        return ["", gr.Tabs(selected="compare"), *results.opened(session, ids[0])]
 
     def stop() -> str:
         session.stop()
         return views.stopping() if session.running else views.idle()
 
-    settings = [controls.prompts, controls.seed, controls.steps]
-    page.load(check, outputs=status, show_progress="hidden")
-    page.load(defaults, controls.workflow, settings, show_progress="hidden")
-    page.load(watch, outputs=output.outputs(), show_progress="hidden")
-    gr.Timer(STATUS_SECONDS).tick(check, outputs=status, show_progress="hidden")
-    controls.workflow.change(defaults, controls.workflow, settings, show_progress="hidden")
-    controls.run.click(start, controls.inputs(), output.outputs(), show_progress="hidden", concurrency_limit=None)
-    controls.stop.click(stop, outputs=output.progress, show_progress="hidden")
-    output.picture.input(choose, output.picture, [output.slider, output.clip], show_progress="hidden")
+    first = [page.controls.workflow, page.controls.second, *page.controls.filled(), *offer]
+    page.blocks.load(check, outputs=page.status, **quiet)
+    page.blocks.load(begin, outputs=first, **quiet)
+    page.blocks.load(lambda: (yield from results.watch(session)), outputs=outputs, concurrency_limit=None, **quiet)
+    gr.Timer(STATUS_SECONDS).tick(check, outputs=page.status, **quiet)
+    hide, busy = {"fn": lambda: gr.update(visible=False), "outputs": page.offer, **quiet}, {"concurrency_limit": None, **quiet}
+    page.results.run.click(**hide).then(start, page.controls.inputs(), outputs, **busy)
+    page.results.stop.click(stop, outputs=page.results.progress, **quiet)
+    page.again.click(**hide).then(resume, None, outputs, **busy)
+    to_front = {"fn": lambda: gr.Tabs(selected="compare"), "outputs": page.tabs, **quiet}
+    page.past.resume.click(**to_front).then(resume_ticked, page.past.entries, outputs, **busy)
+    page.past.open.click(open_ticked, page.past.entries, [page.past.table, page.tabs, *outputs], **quiet)
 
 
-def workflow_defaults(config: PanelConfig, name: str | None) -> list[Any]:
-    """Prompt, seed and steps of a workflow file; unchanged fields when it or the server cannot be read."""
-    if not name or name not in workflow_files(config.workflows):
-        return [gr.skip(), gr.skip(), gr.skip()]
-    try:
-        with ComfyClient(config.server) as client:
-            workflow = read_workflow(config.workflows / name, client)
-        return [edit.get_prompt(workflow) or "", edit.get_seed(workflow), edit.get_steps(workflow)]
-    except MeasureError:
-        return [gr.skip(), gr.skip(), gr.skip()]  # the status line already says what is wrong
+def _beginning(config: PanelConfig, session: Session, token: str | None) -> list[Any]:
+    """Which workflow a page begins with, the choices, and what that workflow fills in."""
+    choices = session.shelf.choices()
+    keys = [key for _, key in choices]
+    key = token if token in keys else config.chosen if config.chosen in keys else next(iter(session.shelf.files()), None)
+    filled = controls.defaults(session, key)
+    if token and token not in keys:
+        filled[0] = views.trouble("The workflow that was handed over is no longer here; hand it over again.") + str(filled[0])
+    second = gr.update(choices=[("None", controls.NO_NODE), *choices])
+    return [gr.update(choices=choices, value=key), second, *filled]
 
 
-def launch_options(config: PanelConfig) -> dict[str, Any]:
+def _offer(session: Session) -> list[Any]:
+    """The line that offers to resume what a crash interrupted."""
+    entry = past.unfinished(session)
+    if entry is None:
+        return [gr.update(visible=False), gr.skip()]
+    words = f"The comparison of {entry.workflow} was interrupted; its finished measurements are kept."
+    return [gr.update(visible=True), views.notice(words)]
+
+
+def launch_options(config: PanelConfig, session: Session) -> dict[str, Any]:
     """Arguments of `Blocks.launch`: nothing is loaded from, or told to, any other machine."""
     theme = gr.themes.Default(
         primary_hue=gr.themes.colors.sky, neutral_hue=gr.themes.colors.slate, font=FONTS, font_mono=MONO_FONTS
@@ -221,10 +191,16 @@ def launch_options(config: PanelConfig) -> dict[str, Any]:
         "quiet": True,
         "theme": theme,
         "css": STYLE.read_text(encoding="utf-8") + CSS.read_text(encoding="utf-8"),
+        "head": HEAD,
         "footer_links": [],
         "allowed_paths": [str(config.out.resolve())],
         "ssr_mode": False,
         "enable_monitoring": False,
+        "max_file_size": controls.LARGEST_FILE,
+        "app_kwargs": {
+            "routes": [Route(ROUTE, workflow_route(session.shelf), methods=["POST"])],
+            "middleware": [Middleware(Door, listen=config.host, server=config.server)],
+        },
     }
 
 
@@ -247,9 +223,10 @@ def serve(config: PanelConfig, announce: Callable[[str], None]) -> None:
     problem = port_problem(config.host, config.port)
     if problem:
         raise MeasureError(problem)
-    page = build_app(config)
+    session = config.session()
+    page = build_app(config, session)
     page.queue(default_concurrency_limit=None)
-    page.launch(prevent_thread_lock=True, **launch_options(config))
+    page.launch(prevent_thread_lock=True, **launch_options(config, session))
     announce(
         f"Stretto's page is open at http://{config.host}:{config.port} (ComfyUI: {config.server}); Ctrl+C closes it."
     )

@@ -1,66 +1,22 @@
-"""What the page shows: pure functions from the session's state to HTML and component updates."""
+"""What the page shows, as pure functions from what is known to HTML."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import base64
+from collections.abc import Callable, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
-import gradio as gr
-import numpy as np
-from PIL import Image
-
 from .measure.compare import Progress
-from .measure.gallery import clip_view, is_clips
-from .measure.metrics import read_rgb
-from .measure.pictures import TINY, enlarge
-from .measure.report import Report, clip_html, table_html, timeline_rows
+from .measure.history import FINISHED, Entry
+from .measure.report import Report
 from .measure.table import format_seconds
-from .measure.timeline import timeline_svg
-from .session import State, export_path
+from .measure.variants import Setting, StrettoNode
+from .session import Look
 
-
-@dataclass(frozen=True)
-class Page:
-    """Updates of the right column; whatever is not given stays as it is."""
-
-    progress: Any = field(default_factory=gr.skip)
-    picture: Any = field(default_factory=gr.skip)
-    slider: Any = field(default_factory=gr.skip)
-    clip: Any = field(default_factory=gr.skip)
-    table: Any = field(default_factory=gr.skip)
-    timeline: Any = field(default_factory=gr.skip)
-    export: Any = field(default_factory=gr.skip)
-
-    def updates(self) -> list[Any]:
-        """In the order of the page's outputs."""
-        return [self.progress, self.picture, self.slider, self.clip, self.table, self.timeline, self.export]
-
-
-def page_of(state: State) -> Page:
-    """The page for a look at the session."""
-    if state.running:
-        return Page(progress=running(state.progress))
-    if state.error:
-        return Page(progress=failure(state.error))
-    if state.report is None or state.folder is None:
-        return Page(progress=idle())
-    choices = choices_of(state.report)
-    return Page(
-        progress=finished(state.report),
-        picture=gr.Dropdown(
-            choices=choices,
-            value=choices[0] if choices else None,
-            visible=len(choices) > 1,
-            label="Clip" if is_clips(state.report) else "Picture",
-        ),
-        slider=slider_of(state.report, state.folder, choices[0] if choices else ""),
-        clip=clip_of(state.report, state.folder, choices[0] if choices else ""),
-        table=f'<div class="stretto embedded">{table_html(state.report)}</div>',
-        timeline=f'<div class="stretto embedded"><div class="scroll">{timeline_svg(timeline_rows(state.report))}</div></div>',
-        export=gr.DownloadButton(value=str(export_path(state.folder)), visible=True),
-    )
+MOST_SETTINGS = 4  # of a node, shown beside its name
+LONGEST_HINT = 160  # characters of what a setting allows
+JPEG, PNG, WEBP = b"\xff\xd8", b"\x89PNG", b"RIFF"
 
 
 def status(server: str, facts: dict[str, Any] | None, problem: str | None) -> str:
@@ -75,9 +31,53 @@ def status(server: str, facts: dict[str, Any] | None, problem: str | None) -> st
     )
 
 
+# The workflow
+
+
+def found(look: Look) -> str:
+    """The nodes of this pack in a workflow, each with what is set."""
+    if not look.nodes:
+        return '<p class="note">No Stretto node in this workflow: add one, or compare with a second workflow.</p>'
+    rows = "".join(f"<li><b>{escape(node.title)}</b> {_settings(node)}</li>" for node in look.nodes)
+    return f'<ul class="found">{rows}</ul>'
+
+
+def _settings(node: StrettoNode) -> str:
+    shown = [f"{name} {_value(setting.value)}" for name, setting in list(node.settings.items())[:MOST_SETTINGS]]
+    return f"<span>{escape(', '.join(shown))}</span>" if shown else ""
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def allowed(setting: Setting) -> str:
+    """What values a setting takes, in words."""
+    words = setting.allowed
+    return f"Now {_value(setting.value)}. Commas between; {words if len(words) < LONGEST_HINT else words[:LONGEST_HINT] + '…'}."
+
+
+def trouble(message: str) -> str:
+    """One sentence about a workflow that cannot be used."""
+    return f'<p class="line bad" role="alert">{escape(message)}</p>'
+
+
+def notice(message: str) -> str:
+    """One sentence that is no error."""
+    return f'<p class="line notice">{escape(message)}</p>'
+
+
+# The run
+
+
 def idle() -> str:
     """Before the first run."""
-    return '<p class="line">Press Run: both ways run in turn, the first round is discarded, and the results appear here.</p>'
+    return (
+        '<p class="line">Press Run: all arms run in turn with the same seed, the first round is discarded, and the '
+        "results appear here.</p>"
+    )
 
 
 def stopping() -> str:
@@ -85,13 +85,8 @@ def stopping() -> str:
     return '<p class="line">Stopping…</p>'
 
 
-def failure(message: str) -> str:
-    """One sentence about what went wrong."""
-    return f'<p class="line bad" role="alert">{escape(message)}</p>'
-
-
-def running(progress: Progress | None) -> str:
-    """A bar and a line about the run in progress."""
+def running(progress: Progress | None, picture: bytes | None = None) -> str:
+    """A bar, a line about the run in progress, and the latest picture."""
     if progress is None:
         return '<p class="line">Starting…</p>'
     share = progress.step / progress.steps if progress.steps else 0.0
@@ -103,72 +98,105 @@ def running(progress: Progress | None) -> str:
         last = f", {format_seconds(seconds)} s"
     return (
         f'<div class="bar" role="progressbar" aria-valuenow="{percent:.0f}" aria-valuemin="0" aria-valuemax="100">'
-        f'<i style="width:{percent:.1f}%"></i></div><p class="line">Run {min(progress.done + 1, progress.total)} of '
-        f"{progress.total} ({escape(progress.phase)}): {escape(progress.arm)}{step}{last} · “{escape(progress.prompt)}”</p>"
+        f'<i style="width:{percent:.1f}%"></i></div><div class="now">{_glimpse(picture)}'
+        f'<p class="line">Run {min(progress.done + 1, progress.total)} of '
+        f"{progress.total} ({escape(progress.phase)}): {escape(progress.arm)}{step}{last}"
+        f"<br><small>“{escape(progress.prompt)}”</small></p></div>"
     )
 
 
-def finished(report: Report) -> str:
-    """The headline, and whatever the reader has to know about it."""
+def _glimpse(picture: bytes | None) -> str:
+    """The latest picture of the run; anything that is no picture is left out."""
+    if not picture:
+        return ""
+    kinds = {JPEG: "jpeg", PNG: "png", WEBP: "webp"}
+    kind = next((name for start, name in kinds.items() if picture.startswith(start)), None)
+    if kind is None:
+        return ""
+    data = base64.b64encode(picture).decode()
+    return f'<img class="glimpse" alt="What the run in progress looks like" src="data:image/{kind};base64,{data}">'
+
+
+def headline(report: Report) -> str:
+    """The verdict in words, and whatever the reader has to know about it."""
     first = "".join(f"<p>{escape(sentence)}</p>" for sentence in report["headline"])
     notes = "".join(
         f'<p class="note">{escape(note)}</p>'
         for note in [*report["notes"], *(note for arm in report["arms"] for note in arm["notes"])]
     )
-    return f'<div class="headline">{first}{notes}</div>'
+    server = report["server"]
+    device = server["devices"][0]["name"] if server["devices"] else "unknown device"
+    moment = report["created"][:16].replace("T", " ") + " UTC"
+    place = " · ".join((moment, server.get("processor") or device, settings_of(report)))
+    return f'<div class="headline">{first}{notes}<p class="note place">{escape(place)}</p></div>'
 
 
-# Pictures and clips
+def settings_of(report: Report) -> str:
+    """What was run, in a few words."""
+    settings = report["settings"]
+    counted = [(len(settings["prompts"]), "prompt"), (len(settings["seeds"]), "seed"), (settings["repeats"], "repeat")]
+    words = " × ".join(f"{count} {noun}{'s' if count != 1 else ''}" for count, noun in counted)
+    return f"{words}, {settings['steps'] or '?'} steps"
 
 
-def choices_of(report: Report) -> list[str]:
-    """One choice per prompt and seed that has both pictures or clips."""
-    return [_choice(cell) for cell in report["cells"] if _pair(report, cell) is not None]
+# The history
 
 
-def _choice(cell: dict[str, Any]) -> str:
-    return f"{cell['prompt']} (seed {cell['seed']})"
+def entry_label(entry: Entry) -> str:
+    """One line of the history."""
+    state = "" if entry.state == FINISHED else entry.state
+    parts = [entry.started[:16].replace("T", " "), entry.workflow, state, figures(entry) or entry.summary, entry.machine]
+    return " · ".join(part for part in parts if part)
 
 
-def _rival(report: Report) -> str | None:
-    """Name of the arm that is shown beside the plain one."""
-    return next((arm["name"] for arm in report["arms"] if arm["role"] == "accelerated"), None)
+def figures(entry: Entry) -> str:
+    """Speed and closeness of the first accelerated arm, as far as they are known."""
+    ratio = f"{entry.ratio:.2f}×" if isinstance(entry.ratio, int | float) else ""
+    psnr = f"{entry.psnr:.1f} dB" if isinstance(entry.psnr, int | float) else ""
+    return ", ".join(part for part in (ratio, psnr) if part)
 
 
-def _pair(report: Report, cell: dict[str, Any]) -> tuple[str, str] | None:
-    """Files of the plain and the first accelerated picture of a cell."""
-    rival, pictures = _rival(report), cell["pictures"]
-    if rival not in pictures or "plain" not in pictures:
+def across(rows: Sequence[dict[str, Any]]) -> str:
+    """Several comparisons as one table, with what keeps them from being compared."""
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in ACROSS)
+    body, last = "", None
+    for row in rows:
+        fresh, last = row["id"] != last, row["id"]
+        body += f'<tr class="first">{_across(row)}</tr>' if fresh else f"<tr>{_across(row)}</tr>"
+    notes = list(dict.fromkeys(f"{row['started'][:10]} {row['workflow']}: {row['note']}." for row in rows if row["note"]))
+    said = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    return (
+        f'<div class="stretto embedded"><div class="scroll"><table class="arms across"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div></div>{said}"
+    )
+
+
+def _across(row: dict[str, Any]) -> str:
+    return "".join(f"<td>{escape(_cell(write(row)))}</td>" for write in ACROSS.values())
+
+
+def _spread(row: dict[str, Any]) -> str | None:
+    if not isinstance(row.get("ratio"), int | float):
         return None
-    return pictures["plain"]["files"][0], pictures[rival]["files"][0]
+    low, high = row.get("low"), row.get("high")
+    span = f" [{low:.2f}, {high:.2f}]" if isinstance(low, int | float) and isinstance(high, int | float) and low != high else ""
+    return f"{row['ratio']:.2f}×{span}"
 
 
-def slider_of(report: Report, folder: Path, choice: str) -> Any:
-    """The slider for a choice; it cannot show anything that moves, so it hides for clips."""
-    clips = is_clips(report)
-    return gr.update(value=None if clips else slider_pair(report, folder, choice), visible=not clips)
+ACROSS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "Day": lambda row: row["started"][:16].replace("T", " "),
+    "Workflow": lambda row: row["workflow"],
+    "Arm": lambda row: row["arm"],
+    "Seconds": lambda row: row["seconds"],
+    "Speed": _spread,
+    "Verdict": lambda row: row["verdict"],
+    "PSNR, dB": lambda row: row.get("psnr"),
+    "SSIM": lambda row: row.get("ssim"),
+    "Machine": lambda row: row["machine"],
+}
 
 
-def clip_of(report: Report, folder: Path, choice: str) -> Any:
-    """Both clips of a choice and their difference, moving side by side; hidden where there are only pictures."""
-    for cell in report["cells"] if is_clips(report) else []:
-        if _pair(report, cell) is not None and _choice(cell) == choice:
-            view = clip_view(report, folder, cell, ("plain", _rival(report)))
-            return gr.update(value=f'<div class="stretto embedded">{clip_html(view)}</div>', visible=True)
-    return gr.update(visible=False)
-
-
-def slider_pair(report: Report | None, folder: Path | None, choice: str) -> tuple[Image.Image, Image.Image] | None:
-    """Both pictures of a choice, enlarged pixel by pixel when they are tiny."""
-    if report is None or folder is None:
-        return None
-    for cell in report["cells"]:
-        pair = _pair(report, cell)
-        if pair is not None and _choice(cell) == choice:
-            first, second = (_shown(read_rgb((folder / name).read_bytes())) for name in pair)
-            return first, second
-    return None
-
-
-def _shown(pixels: np.ndarray) -> Image.Image:
-    return Image.fromarray(enlarge(pixels) if max(pixels.shape[:2]) <= TINY else pixels)
+def _cell(value: Any) -> str:
+    if value is None or value == "":
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
