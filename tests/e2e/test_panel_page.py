@@ -34,11 +34,13 @@ def small(page, repeats="1", fewer=False):
         page.wait_for_timeout(500)
     page.locator("#rounds button").first.click()
     field = page.locator("input[type=number][aria-label*='Repeats']")
+    field.wait_for()
+    page.wait_for_timeout(500)
     field.fill(repeats)
     field.press("Enter")
+    page.wait_for_timeout(500)
     box = page.locator("#variants").get_by_label("fewer steps")
     box.check() if fewer else box.uncheck()
-    page.locator("#rounds button").first.click()
 
 
 def no_sideways(page):
@@ -185,6 +187,9 @@ def test_a_killed_page_offers_to_resume(page, server, tmp_path):
     finally:
         os.kill(first.process.pid, signal.SIGKILL)
         first.process.wait()
+    (journal,) = tmp_path.glob("*/measurements.jsonl")
+    before = journal.read_text(encoding="utf-8").splitlines()
+    assert len(before) > 3
     page.wait_for_timeout(10_000)  # as long as the history waits before it calls a comparison interrupted
     second = start()
     try:
@@ -195,7 +200,8 @@ def test_a_killed_page_offers_to_resume(page, server, tmp_path):
         page.locator("#headline .headline").wait_for(timeout=300_000)
         report = json.loads(saved(page, "#export-json", tmp_path).read_text(encoding="utf-8"))
         assert report["settings"]["complete"] and len(report["measurements"]) == 12
-        assert len(list(tmp_path.glob("*/measurements.jsonl"))) == 1, "in the same folder"
+        assert [*tmp_path.glob("*/measurements.jsonl")] == [journal], "in the same folder"
+        assert journal.read_text(encoding="utf-8").splitlines()[:3] == before[:3], "the finished ones were kept"
     finally:
         second.stop()
 
