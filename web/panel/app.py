@@ -66,7 +66,7 @@ class Page:
     status: gr.HTML
     tabs: gr.Tabs
     controls: Controls
-    offer: gr.Group
+    offer: gr.Column
     offered: gr.HTML
     again: gr.Button
     results: Results
@@ -85,9 +85,9 @@ def build_app(config: PanelConfig, session: Session | None = None) -> gr.Blocks:
                 with gr.Column(scale=1, min_width=300, elem_classes="left"):
                     left = controls.build(session, config.chosen)
                 with gr.Column(scale=3, min_width=320, elem_classes="right"):
-                    with gr.Group(visible=False, elem_classes="offer") as offer:
+                    with gr.Column(visible=False, elem_classes="offer") as offer:
                         offered = gr.HTML()
-                        again = gr.Button("Resume", size="sm", min_width=80, elem_id="resume")
+                        again = gr.Button("Resume", variant="primary", size="md", min_width=80, elem_id="resume")
                     right = results.build()
             with gr.Tab("History", id="history") as tab:
                 old = past.build()

@@ -25,7 +25,7 @@ class Past:
     across: gr.Button
     resume: gr.Button
     forget: gr.Button
-    confirm: gr.Group
+    confirm: gr.Column
     question: gr.HTML
     yes: gr.Button
     no: gr.Button
@@ -40,7 +40,7 @@ def build() -> Past:
         across = gr.Button("Compare", size="sm", min_width=80, elem_id="across")
         resume = gr.Button("Resume", size="sm", min_width=80, elem_id="resume-entry")
         forget = gr.Button("Forget", size="sm", min_width=80, elem_id="forget")
-    with gr.Group(visible=False, elem_classes="confirm") as confirm:
+    with gr.Column(visible=False, elem_classes="confirm") as confirm:
         question = gr.HTML()
         with gr.Row():
             yes = gr.Button("Forget", variant="stop", size="sm", min_width=80, elem_id="forget-yes")
