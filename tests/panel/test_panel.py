@@ -104,6 +104,16 @@ def test_any_two_arms_and_any_picture(served):
     assert "SSIM" not in results.pairs.maps(report, folder, 0, ("taylor-every-2-order-1", "fewer-steps"))
 
 
+def test_clips_move_side_by_side(fake, place, video_workflow):
+    _, url = fake()
+    session = Session(url, *place)
+    drawn = Variant("drawn", "Taylor")
+    session.start(Request("clip.json", video_workflow, (drawn,), steps=8, repeats=1))
+    page = shown(results.page_of(session, finish(session)))
+    assert page["clip"]["visible"] and "data:image/webp" in value(page["clip"]) and page["picture"]["label"] == "Clip"
+    assert not page["slider"]["visible"] and not page["beside"]["visible"]
+
+
 def test_large_pictures_are_shown_as_they_are(fake, place):
     _, url = fake(side=200, schemas=fake_schemas())
     session = Session(url, *place)

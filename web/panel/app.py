@@ -34,6 +34,8 @@ STATUS_SECONDS = 15.0
 HEAD = (
     '<script>if (new URLSearchParams(location.search).get("embed") === "1") '
     'document.documentElement.classList.add("embed");</script>'
+    # Gradio takes rules of a page's own style sheet into its container, and this one is about the container.
+    "<style>@media (max-width: 640px) { .gradio-container .main { padding: 8px 12px 84px !important; } }</style>"
 )
 
 
