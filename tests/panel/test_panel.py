@@ -11,7 +11,7 @@ import httpx
 import pytest
 from PIL import Image, PngImagePlugin
 
-from stretto.web.panel import app, controls, past, results, views
+from stretto.web.panel import app, controls, downloads, past, results, views
 from stretto.web.panel.measure.errors import MeasureError, WorkflowError
 from stretto.web.panel.measure.variants import Variant
 from stretto.web.panel.results import Results
@@ -79,6 +79,7 @@ def test_a_run_fills_the_page(served):
     assert value(page["slider"])[0].size == (512, 512), "64 pixels, each eight times"
     assert page["slider"]["visible"] and not page["clip"]["visible"]
     assert page["maps"].count("<img") == 2 and "PSNR" in page["maps"]
+    assert "MS-SSIM: its five scales need" in page["table"], "what is missing says why"
     assert "<table" in page["table"] and "<svg" in page["timeline"] and "<svg" in page["front"]
     report = session.shown(state.entry).report
     assert "image-taylor.json --prompts 'flat hot dog' 'noto bus' --seed 7 --steps 12" in report["command"]
@@ -294,6 +295,7 @@ def test_a_page_that_was_killed_offers_to_go_on(served, place, monkeypatch):
     session.start(request)
     entry = finish(session).entry
     folder = session.shown(entry).folder
+    results.opened(session, entry)
     before = len(server.runs)
     for name in ("report.json", "index.html"):
         (folder / name).unlink()
@@ -310,6 +312,7 @@ def test_a_page_that_was_killed_offers_to_go_on(served, place, monkeypatch):
     assert state.error is None and state.entry == entry
     assert len(server.runs) - before == 4, "a warm-up round, and the round that was torn"
     assert len(later.shown(entry).report["measurements"]) == 6
+    assert not downloads.path_of(folder, "html").exists(), "downloads of before are made anew"
     assert past.unfinished(later) is None and not app._offer(later)[0]["visible"]
 
 

@@ -133,7 +133,7 @@ def _opened(session: Session, shown: Shown) -> list[Any]:
         left=gr.update(choices=arms, value=left),
         right=gr.update(choices=arms, value=right),
         **_pair(shown, cell, (left, right)),
-        table=f'<div class="stretto embedded">{table_html(report)}</div>',
+        table=f'<div class="stretto embedded">{table_html(report)}</div>{views.missing(report)}',
         front=_drawn("Speed against closeness", front_svg(report)),
         timeline=_drawn("Steps", timeline_svg(timeline_rows(report))),
         html=gr.update(value=str(html)),

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from . import downloads
 from .measure import arms as edit
 from .measure.arms import MEASURE, Api, Arm
 from .measure.client import ComfyClient
@@ -213,6 +214,7 @@ class Session:
             folder.mkdir(parents=True, exist_ok=True)
             entry = self.history.begin(folder, request.to_json())
             report = self._compare(request, folder, resume, stop)
+            downloads.forget(folder)  # a stopped comparison that was resumed has older ones
             self.history.finish(entry, report)
             self.entry = entry
         except Stopped as error:

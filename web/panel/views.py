@@ -131,6 +131,13 @@ def headline(report: Report) -> str:
     return f'<div class="headline">{first}{notes}<p class="note place">{escape(place)}</p></div>'
 
 
+def missing(report: Report) -> str:
+    """Why metrics have no value."""
+    reasons = [(name, about.get("reason")) for name, about in (report.get("metrics") or {}).items()]
+    said = [f"{name.upper().replace('_', '-')}: {reason}" for name, reason in reasons if reason]
+    return "".join(f'<p class="note">{escape(sentence)}</p>' for sentence in said)
+
+
 def settings_of(report: Report) -> str:
     """What was run, in a few words."""
     settings = report["settings"]
