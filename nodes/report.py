@@ -15,6 +15,7 @@ from .charts import as_image
 from .feature_bytes import feature_bytes
 from .frame_rate_map import frame_rate_map
 from .region_map import region_map
+from .server.digest import digest
 from .timeline import stacked, timeline
 
 #: What is drawn below the timeline, where a run has something to show.
@@ -52,7 +53,8 @@ class StrettoReport(io.ComfyNode):
         below = (draw(trace) for draw in DRAWINGS)
         picture = as_image(stacked(timeline(trace, plain), *below))
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        return io.NodeOutput(picture, text, json.dumps(trace), ui={**shown, "text": (text,)})
+        shown |= {"text": (text,), "stretto_run": (digest(trace, plain),)}
+        return io.NodeOutput(picture, text, json.dumps(trace), ui=shown)
 
 
 def _find(prompt: dict[str, Any], node_id: str) -> tuple[dict[str, Any], str]:

@@ -3,6 +3,7 @@
 from itertools import combinations_with_replacement
 from typing import Any
 
+from ... import __version__
 from ...acceleration.compatibility import TECHNIQUES, compatible
 from ...acceleration.hosts.comfy import SKIPPING
 from ...acceleration.savings import CACHING, GUIDANCE, RESOLUTION
@@ -47,4 +48,4 @@ def plan_facts() -> dict[str, Any]:
     nodes |= {name: {"techniques": [CORE_CACHE], "accelerates": False} for name in CORE_NODES}
     pairs = [pair for pair in combinations_with_replacement(TECHNIQUES, 2) if pair != ("measure",) * 2 and not compatible(*pair)]
     pairs += [(CORE_CACHE, technique) for technique in SKIPPING]
-    return {"schema": "plan-facts@1", "nodes": nodes, "conflicts": [list(pair) for pair in pairs]}
+    return {"schema": "plan-facts@1", "version": __version__, "nodes": nodes, "conflicts": [list(pair) for pair in pairs]}

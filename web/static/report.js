@@ -1,19 +1,25 @@
-// Shows the summary of a Stretto Report on the node itself. Without this file the node still gives it as a STRING.
+// Shows the run of a Stretto Report on the node itself. Without this file the node still gives it as picture and STRING.
 import { app } from "../../scripts/app.js";
+import { ensureStyle, make } from "./stretto_dom.js";
+import { loadTexts, say } from "./stretto_texts.js";
+import { gain, seconds, timeline } from "./stretto_timeline.js";
 
 const WIDGET = "stretto_summary";
+const LEAST = 150;
+const MOST = 320;
 
-/** Add the read-only text area to a report node, once. */
-function summaryElement(node) {
+/** Add the read-only area to a report node, once. */
+function areaOf(node) {
   const found = node.widgets?.find((widget) => widget.name === WIDGET);
   if (found) return found.element;
-  const element = document.createElement("pre");
-  element.style.cssText =
-    "margin:0;padding:6px 8px;overflow:auto;white-space:pre-wrap;font:11px/1.45 ui-monospace,monospace;" +
-    "color:var(--input-text,#ddd);background:var(--comfy-input-bg,#222);border-radius:6px;user-select:text";
+  ensureStyle();
+  const element = make("div", { className: "stretto stretto-report" });
+  element.addEventListener("wheel", (event) => {
+    if (element.scrollHeight > element.clientHeight) event.stopPropagation(); // scroll the text, not the canvas
+  });
   const widget = node.addDOMWidget(WIDGET, "stretto_text", element, {
-    getMinHeight: () => 120,
-    getMaxHeight: () => 240,
+    getMinHeight: () => LEAST,
+    getMaxHeight: () => MOST,
     hideOnZoom: true,
   });
   widget.serialize = false; // derived from the last run: not part of the workflow
@@ -21,15 +27,32 @@ function summaryElement(node) {
   return element;
 }
 
+/** Headline and small timeline of a run. */
+function pictureOf(run) {
+  const figures = `${run.model} · ${run.sampler}, ${say("steps", { count: run.steps })} · ${seconds(run.seconds)}`;
+  const headline = make("div", { className: "stretto-headline" }, make("strong", { textContent: gain(run) }), figures);
+  return [headline, timeline(run, { bars: false })];
+}
+
+function show(node, output) {
+  const text = output?.text;
+  if (!text) return;
+  const words = make("pre", { textContent: Array.isArray(text) ? text.join("\n") : String(text) });
+  const run = output.stretto_run?.[0];
+  areaOf(node).replaceChildren(...(run?.schema === "run-digest@1" ? pictureOf(run) : []), words);
+}
+
 app.registerExtension({
   name: "stretto.report",
+  async setup() {
+    await loadTexts();
+  },
   nodeCreated(node) {
     if (node.comfyClass !== "StrettoReport") return;
     const previous = node.onExecuted;
     node.onExecuted = function (output) {
       previous?.apply(this, arguments);
-      const text = output?.text;
-      if (text) summaryElement(this).textContent = Array.isArray(text) ? text.join("\n") : String(text);
+      show(this, output);
     };
   },
 });
