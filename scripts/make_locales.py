@@ -31,7 +31,10 @@ def as_text(definitions: dict[str, Any]) -> str:
 
 def _definition(schema: Any) -> dict[str, Any]:
     found = _plain(display_name=schema.display_name, description=schema.description)
-    inputs = {item.id.replace(".", "_"): _plain(name=item.display_name or item.id, tooltip=item.tooltip) for item in schema.inputs}
+    inputs = {
+        item.id.replace(".", "_"): _plain(name=item.display_name or item.id, tooltip=item.tooltip)
+        for item in schema.inputs
+    }
     outputs = {
         str(place): _plain(name=item.display_name, tooltip=item.tooltip) for place, item in enumerate(schema.outputs)
     }

@@ -15,6 +15,12 @@ function nameOfCanvas() {
   return typeof path === "string" && path ? path : "canvas";
 }
 
+/** The address of the panel's page in the editor's own light or dark. */
+function inTheme(page) {
+  const dark = document.body.classList.contains("dark-theme");
+  return `${address(page)}${page.includes("?") ? "&" : "?"}__theme=${dark ? "dark" : "light"}`;
+}
+
 /** State of the panel for one sidebar. `changed` is called after every change. */
 export class PanelControl {
   constructor(changed) {
@@ -69,10 +75,10 @@ export class PanelControl {
     if (!(await this.running())) return null;
     try {
       const { page } = await handOver(rootGraph().serialize(), nameOfCanvas());
-      return address(page);
+      return inTheme(page);
     } catch (error) {
       this.set({ problem: { message: error.message } });
-      return error.answer?.page ? address(error.answer.page) : null;
+      return error.answer?.page ? inTheme(error.answer.page) : null;
     }
   }
 
@@ -87,7 +93,7 @@ export class PanelControl {
 
   /** The panel's page with its own history, in a tab of its own. */
   async openPage() {
-    return this.inTab(async () => ((await this.running()) ? address(this.status.page) : null));
+    return this.inTab(async () => ((await this.running()) ? inTheme(this.status.page) : null));
   }
 
   /** Browsers open tabs only while a click is fresh: so first the tab, then its address. */

@@ -11,6 +11,7 @@ const LOOK = 500;
 export class SidebarView {
   constructor(element, state) {
     ensureStyle();
+    element.style.height = "100%";
     this.state = state;
     this.seen = "";
     this.plan = make("section");
@@ -102,7 +103,8 @@ export class SidebarView {
     const found = this.state.runs.flatMap((run) => run.techniques).find((told) => item.techniques.includes(told.technique));
     if (!found || found.technique === "measure") return null;
     const factor = found.factor ? ` ${times(found.factor)}.` : "";
-    return make("small", { className: `stretto-told stretto-was-${found.status}` , textContent: `${say(`was-${found.status}`)}.${factor} ${found.reason}` });
+    const words = `${say(`was-${found.status}`)}.${factor} ${found.reason}`;
+    return make("small", { className: `stretto-told stretto-was-${found.status}`, textContent: words });
   }
 
   showRun() {
