@@ -62,9 +62,11 @@ export class SidebarView {
   expected(techniques, current) {
     const on = techniques.some((item) => item.state === "on" && item.used);
     const runs = this.state.runs ?? [];
-    const known = current ? runs.map((run) => run.predicted ?? run.measured).filter((factor) => factor !== null) : [];
-    const words = !on ? say("plain") : known.length ? known.map(times).join(", ") : say("unknown");
-    const why = !on ? "" : known.length ? say("fromLastRun") : runs.length && !current ? say("changedSince") : "";
+    const known = current ? runs.filter((run) => (run.measured ?? run.predicted) !== null) : [];
+    const factors = known.map((run) => times(run.measured ?? run.predicted));
+    const words = !on ? say("plain") : known.length ? factors.join(", ") : say("unknown");
+    const source = known.every((run) => run.measured !== null) ? say("measuredLastRun") : say("fromLastRun");
+    const why = !on ? "" : known.length ? source : runs.length && !current ? say("changedSince") : "";
     return make(
       "p",
       { className: "stretto-expected" },
