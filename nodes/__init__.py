@@ -30,6 +30,7 @@ from .measure import StrettoMeasure
 from .profile import StrettoProfile
 from .quantize import StrettoQuantizationStatistics, StrettoQuantize
 from .region import StrettoRegionAdaptive, StrettoRegionMap
+from .renames import declare_renames
 from .report import StrettoReport
 from .resolution import StrettoProgressiveResolution, StrettoProgressiveSampler, StrettoSpectrum
 from .routes import register_routes
@@ -53,6 +54,10 @@ def prepare() -> None:
 
 class StrettoExtension(ComfyExtension):
     """The pack as ComfyUI sees it."""
+
+    async def on_load(self) -> None:
+        """Say what was renamed. Never called by ComfyUI 0.3.76, which knows no renames either."""
+        await declare_renames()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return every node of the pack."""

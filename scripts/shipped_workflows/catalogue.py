@@ -218,9 +218,35 @@ WORKFLOWS = (
         "demo-video-stacked", "demo-video", "Three techniques at once, on a clip",
         "**Stretto Guidance Saver**, **Stretto Cache** and **Stretto Sparse Attention** share one model. The "
         "order of the nodes does not matter.\n"
-        "Press **Run** and look at the timeline and, below it, at what attention kept. This clip is so short (80 "
-        "tokens) that sparse attention saves nothing but shows what it does; large and long clips are what it is "
-        "for.",
+        "Press **Run** and look at the timeline and, below it, at what attention kept. This clip has 80 tokens: "
+        "sparse attention saves nothing and changes it, as every block matters; large and long clips are what it "
+        "is for.",
         ((GUIDANCE, TAYLOR, node("SparseAttention", keep=50.0, dense_until=50.0, min_tokens=0, block="16")),), source=DEMO,
+    ),
+    Workflow(
+        "flux-progressive-sampler", "flux", "FLUX.1 [dev] with SamplerCustom, the first steps at half the size",
+        "The same as *flux-progressive* for graphs of custom samplers: **Stretto Progressive Sampler** goes "
+        "between KSamplerSelect and the sampler, and the model stays as it is.",
+        ((),), "demo-image-progressive-sampler", PAPER, recipe="progressive-sampler",
+        settings={"stages": "0.5, 1", "spectrum": "FLUX", "min_side": 64},
+    ),
+    Workflow(
+        "demo-image-progressive-sampler", "demo-image", "Progressive resolution with SamplerCustom",
+        "**Stretto Progressive Sampler** does what *demo-image-progressive* shows, as a part of the sampler: put "
+        "it between KSamplerSelect and SamplerCustom or SamplerCustomAdvanced. On one run it is this node or the "
+        "one for models.\n"
+        "Press **Run** and read the report: small steps have a quarter of the tokens. On a demo this small the "
+        "clock hardly notices.",
+        ((),), source=DEMO, recipe="progressive-sampler", settings={"stages": "0.5, 1", "switches": "57", "min_side": 4},
+    ),
+    Workflow(
+        "demo-video-second-pass", "demo-video", "Fewer latent frames, in parts",
+        "What **Stretto Dynamic Frame Rate** does in one node: a first sampler runs a fifth of the steps on every "
+        "frame, **Stretto Frame Rate Second Pass** drops latent frames where the coming clip is calm, a second "
+        "sampler goes on. **Dynamic VAE Decode** leaves out what is missing and **Stretto Restore Frames** makes "
+        "it up: put RIFE or FILM between the two if you have it.\n"
+        "**Stretto Save Scheduled Latent** keeps the short latents with their schedule; its file opens with the "
+        "node *Load*.",
+        ((),), source=DEMO, recipe="second-pass", changes={"size": (64, 64, 33)}, settings={"keep": 60.0},
     ),
 )

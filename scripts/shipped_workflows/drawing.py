@@ -6,7 +6,19 @@ import json
 import uuid
 from typing import Any
 
-from .graphs import FASTER, FILES_GROUP, PROMPT, PROMPT_FIRST, REPORT, RESULT, SAMPLING, Graph, Workflow, build
+from .graphs import (
+    FASTER,
+    FILES_GROUP,
+    PROMPT,
+    PROMPT_FIRST,
+    REPORT,
+    RESULT,
+    SAMPLING,
+    THERE_AND_BACK,
+    Graph,
+    Workflow,
+    build,
+)
 
 Json = dict[str, Any]
 
@@ -20,6 +32,7 @@ _COLOURS = {
     SAMPLING: "#3f789e",
     RESULT: "#a1309b",
     REPORT: "#b58b2a",
+    THERE_AND_BACK: "#b58b2a",
 }
 _OURS = {"color": "#2a363b", "bgcolor": "#3f5159"}
 _NOTE = {"color": "#432", "bgcolor": "#653"}
@@ -100,16 +113,7 @@ def _stages(workflow: Workflow) -> list[list[str]]:
     """Groups from left to right; those of one stage stand below each other."""
     if workflow.recipe in PROMPT_FIRST:
         return [[FILES_GROUP], [PROMPT], [FASTER], [SAMPLING], [RESULT, REPORT]]
-    return (
-        [[FILES_GROUP], [FASTER, PROMPT], [SAMPLING], [RESULT], [REPORT]]
-        if workflow.recipe == "round-trip"
-        else [
-            [FILES_GROUP],
-            [FASTER, PROMPT],
-            [SAMPLING],
-            [RESULT, REPORT],
-        ]
-    )
+    return [[FILES_GROUP], [FASTER, PROMPT], [SAMPLING], [RESULT, REPORT], [THERE_AND_BACK]]
 
 
 def _place(workflow: Workflow, graph: Graph, nodes: dict[str, Json], ui: Json) -> int:

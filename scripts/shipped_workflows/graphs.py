@@ -9,8 +9,8 @@ from .models import FAMILIES, Family, File
 Json = dict[str, Any]
 Link = list[Any]
 
-FILES_GROUP, PROMPT, FASTER, SAMPLING, RESULT, REPORT = (
-    "Models", "Prompt and size", "Stretto", "Sampling", "Result", "What was computed",
+FILES_GROUP, PROMPT, FASTER, SAMPLING, RESULT, REPORT, THERE_AND_BACK = (
+    "Models", "Prompt and size", "Stretto", "Sampling", "Result", "What was computed", "On fewer latent frames and back",
 )
 
 
@@ -202,14 +202,14 @@ def _decoded(parts: Parts, samples: Link, kind: str = "VAEDecode") -> Link:
     return [parts.graph.add(RESULT, kind, samples=samples, vae=parts.vae), 0]
 
 
-def _saved(parts: Parts, images: Link) -> None:
+def _saved(parts: Parts, images: Link, group: str = RESULT, suffix: str = "") -> None:
     """Save a picture, or a clip."""
-    prefix = f"stretto/{parts.workflow.name}"
+    prefix = f"stretto/{parts.workflow.name}{suffix}"
     if not parts.family.is_video:
-        parts.graph.add(RESULT, "SaveImage", images=images, filename_prefix=prefix)
+        parts.graph.add(group, "SaveImage", images=images, filename_prefix=prefix)
         return
-    video = parts.graph.add(RESULT, "CreateVideo", images=images, fps=parts.family.fps)
-    parts.graph.add(RESULT, "SaveVideo", video=[video, 0], filename_prefix=prefix, format="auto", codec="auto")
+    video = parts.graph.add(group, "CreateVideo", images=images, fps=parts.family.fps)
+    parts.graph.add(group, "SaveVideo", video=[video, 0], filename_prefix=prefix, format="auto", codec="auto")
 
 
 def _reported(parts: Parts, samples: Link, title: str = "") -> str:
@@ -296,9 +296,10 @@ def _find_plan(parts: Parts) -> None:
 def _block_probe(parts: Parts) -> None:
     """What each block is worth, and a schedule that reuses the cheapest ones."""
     probe = _watched(parts, "StrettoBlockProbe", **parts.workflow.settings)
-    parts.graph.add(FASTER, "PreviewImage", "What each block is worth", images=[probe, 2])
     given = {"StrettoCacheSchedule": {"schedule": [probe, 0]}}
-    _finish(parts, _chain(parts, parts.models[0], parts.workflow.chains[0], given))
+    model = _chain(parts, parts.models[0], parts.workflow.chains[0], given)
+    parts.graph.add(FASTER, "PreviewImage", "What each block is worth", images=[probe, 2])
+    _finish(parts, model)
 
 
 def _quantize(parts: Parts) -> None:
@@ -324,15 +325,55 @@ def _dynamic(parts: Parts) -> None:
 def _round_trip(parts: Parts) -> None:
     """A clip through fewer latent frames and back."""
     images = _decoded(parts, _sampled(parts, _chain(parts, parts.models[0], parts.workflow.chains[0])))
-    schedule = parts.graph.add(REPORT, "StrettoFrameSchedule", images=images, vae=parts.vae, **parts.workflow.settings)
-    parts.graph.add(REPORT, "PreviewImage", "Schedule", images=[schedule, 1])
-    coded = parts.graph.add(REPORT, "StrettoDynamicVAEEncode", images=images, vae=parts.vae, schedule=[schedule, 0])
-    back = parts.graph.add(REPORT, "StrettoDynamicVAEDecode", samples=[coded, 0], vae=parts.vae)
+    schedule = parts.graph.add(THERE_AND_BACK, "StrettoFrameSchedule", images=images, vae=parts.vae, **parts.workflow.settings)
+    parts.graph.add(THERE_AND_BACK, "PreviewImage", "Schedule", images=[schedule, 1])
+    coded = parts.graph.add(THERE_AND_BACK, "StrettoDynamicVAEEncode", images=images, vae=parts.vae, schedule=[schedule, 0])
+    back = parts.graph.add(THERE_AND_BACK, "StrettoDynamicVAEDecode", samples=[coded, 0], vae=parts.vae)
     _saved(parts, images)
-    video = parts.graph.add(REPORT, "CreateVideo", images=[back, 0], fps=parts.family.fps)
-    parts.graph.add(
-        REPORT, "SaveVideo", video=[video, 0], filename_prefix=f"stretto/{parts.workflow.name}-back", format="auto", codec="auto"
+    _saved(parts, [back, 0], THERE_AND_BACK, "-back")
+
+
+def _progressive_sampler(parts: Parts) -> None:
+    """Stages as a part of the sampler, for SamplerCustom and its relatives."""
+    family, model = parts.family, _chain(parts, parts.models[0], parts.workflow.chains[0])
+    chosen = parts.graph.add(SAMPLING, "KSamplerSelect", sampler_name=family.sampler)
+    sampler = parts.graph.add(SAMPLING, "StrettoProgressiveSampler", sampler=[chosen, 0], **parts.workflow.settings)
+    sigmas = parts.graph.add(SAMPLING, "BasicScheduler", model=model, steps=family.steps, scheduler=family.scheduler, denoise=1.0)
+    samples = [parts.graph.add(
+        SAMPLING, "SamplerCustom", model=model, add_noise=True, noise_seed=1, cfg=family.cfg, sampler=[sampler, 0],
+        sigmas=[sigmas, 0], **_ends(parts),
+    ), 0]
+    _saved(parts, _decoded(parts, samples))
+    _reported(parts, samples)
+
+
+def _second_pass(parts: Parts) -> None:
+    """What Stretto Dynamic Frame Rate does in one node, in parts: two samplers, the frames dropped in between."""
+    family, graph, ends = parts.family, parts.graph, {"positive": parts.positive, "negative": parts.negative}
+    model = _chain(parts, parts.models[0], parts.workflow.chains[0])
+    noise = graph.add(SAMPLING, "RandomNoise", noise_seed=1)
+    sampler = graph.add(SAMPLING, "KSamplerSelect", sampler_name=family.sampler)
+    sigmas = graph.add(SAMPLING, "BasicScheduler", model=model, steps=family.steps, scheduler=family.scheduler, denoise=1.0)
+    split = graph.add(SAMPLING, "SplitSigmas", sigmas=[sigmas, 0], step=family.steps // 5)
+    guider = graph.add(SAMPLING, "CFGGuider", model=model, **ends, cfg=family.cfg)
+    first = graph.add(
+        SAMPLING, "SamplerCustomAdvanced", "First pass: every frame", noise=[noise, 0], guider=[guider, 0], sampler=[sampler, 0],
+        sigmas=[split, 0], latent_image=parts.latent,
     )
+    middle = graph.add(
+        SAMPLING, "StrettoFrameRateSecondPass", model=model, vae=parts.vae, **ends, noise=[noise, 0], denoised=[first, 1],
+        **parts.workflow.settings,
+    )
+    again = graph.add(SAMPLING, "CFGGuider", model=[middle, 0], positive=[middle, 1], negative=[middle, 2], cfg=family.cfg)
+    second = graph.add(
+        SAMPLING, "SamplerCustomAdvanced", "Second pass: fewer frames", noise=[middle, 3], guider=[again, 0],
+        sampler=[sampler, 0], sigmas=[split, 1], latent_image=[middle, 4],
+    )
+    short = graph.add(RESULT, "StrettoDynamicVAEDecode", samples=[second, 0], vae=parts.vae, restore="none")
+    whole = graph.add(RESULT, "StrettoRestoreFrames", images=[short, 0], schedule=[short, 1], method="linear")
+    _saved(parts, [whole, 0])
+    graph.add(RESULT, "StrettoSaveScheduledLatent", samples=[second, 0], filename_prefix=f"latents/{parts.workflow.name}")
+    _reported(parts, [second, 0])
 
 
 #: Recipe -> what it adds, and the nodes of the pack in it.
@@ -346,6 +387,11 @@ _RECIPES = {
     "block-probe": (_block_probe, ("StrettoBlockProbe",)),
     "quantize": (_quantize, ("StrettoQuantizationStatistics", "StrettoQuantize")),
     "dynamic": (_dynamic, ("StrettoDynamicFrameRate", "StrettoDynamicVAEDecode")),
+    "progressive-sampler": (_progressive_sampler, ("StrettoProgressiveSampler",)),
+    "second-pass": (
+        _second_pass,
+        ("StrettoFrameRateSecondPass", "StrettoDynamicVAEDecode", "StrettoRestoreFrames", "StrettoSaveScheduledLatent"),
+    ),
     "round-trip": (_round_trip, ("StrettoFrameSchedule", "StrettoDynamicVAEEncode", "StrettoDynamicVAEDecode")),
 }
 #: Recipes whose nodes in the group of the techniques read the prompt.

@@ -81,6 +81,15 @@ def known(monkeypatch):
     return as_variant
 
 
+def settings_of(entry, **changes):
+    """All settings of a node of the pack: those of the workflow, and the defaults of the others."""
+    declared = classes()[0][entry["class_type"]].define_schema().inputs
+    values = {item.id: item.options[0] for item in declared if getattr(item, "options", None)}
+    values |= {item.id: item.default for item in declared if getattr(item, "default", None) is not None}
+    values |= {name: value for name, value in entry["inputs"].items() if not isinstance(value, list)}
+    return values | {name: value for name, value in changes.items() if name in values}
+
+
 def with_techniques(api, model_link, model, **changes):
     """Execute, from the loader down to ``model_link``, the nodes that a model passes through."""
     key, _ = model_link
@@ -89,17 +98,9 @@ def with_techniques(api, model_link, model, **changes):
     if "model" not in entry["inputs"]:
         return model  # the loader
     model = with_techniques(api, entry["inputs"]["model"], model, **changes)
-    values = {name: value for name, value in entry["inputs"].items() if not isinstance(value, list)}
     if entry["class_type"] in shifts:
-        return shifts[entry["class_type"]]().patch(model, **values)[0]
-    declared = ours[entry["class_type"]].define_schema().inputs
-    values = {item.id: item.default for item in declared if getattr(item, "default", None) is not None} | values
-    values |= {
-        item.id: item.options[0]
-        for item in declared
-        if hasattr(item, "options") and item.id not in values and item.options
-    }
-    values |= {name: value for name, value in changes.items() if name in values}
+        return shifts[entry["class_type"]]().patch(model, entry["inputs"]["shift"])[0]
+    values = settings_of(entry, **changes)
     return ours[entry["class_type"]].execute(model=model, **values).result[0]
 
 
@@ -114,15 +115,35 @@ def full_size(workflow, model):
     return (format_.latent_channels, *shape)
 
 
-def run(workflow, entry, model, network, shape):
+def sampler_of(api, link, family, **changes):
+    """The SAMPLER of SamplerCustom, with stages where a node puts them in."""
+    entry = api[link[0]]
+    sampler = comfy.samplers.sampler_object(family.sampler)
+    if entry["class_type"] == "KSamplerSelect":
+        return sampler
+    values = settings_of(entry, **changes)
+    return classes()[0][entry["class_type"]].execute(sampler=sampler, **values).result[0]
+
+
+def sigmas_of(api, link, model, latent):
+    """The noise levels that SamplerCustom is given."""
+    entry = api[link[0]]
+    if entry["class_type"] == "LTXVScheduler":
+        values = {"max_shift": 2.05, "base_shift": 0.95, "stretch": True, "terminal": 0.1}
+        return nodes_lt.LTXVScheduler.execute(entry["inputs"]["steps"], **values, latent={"samples": latent}).result[0]
+    sampling = model.get_model_object("model_sampling")
+    return comfy.samplers.calculate_sigmas(sampling, entry["inputs"]["scheduler"], entry["inputs"]["steps"])
+
+
+def run(workflow, api, entry, model, network, shape, **changes):
     """Sample as the sampler node ``entry`` would."""
     family, inputs = workflow.model, entry["inputs"]
     latent = torch.zeros(1, *shape)
     noise = comfy.sample.prepare_noise(latent, 1)
     words = conditioning(3, network), conditioning(4, network)
     if entry["class_type"] == "SamplerCustom":
-        sigmas = nodes_lt.LTXVScheduler.execute(family.steps, 2.05, 0.95, True, 0.1, {"samples": latent}).result[0]
-        sampler = comfy.samplers.sampler_object(family.sampler)
+        sigmas = sigmas_of(api, inputs["sigmas"], model, latent)
+        sampler = sampler_of(api, inputs["sampler"], family, **changes)
         return comfy.sample.sample_custom(
             model, noise, family.cfg, sampler, sigmas, *words, latent, disable_pbar=True, seed=1
         )
@@ -174,7 +195,7 @@ def test_at_its_own_size_every_technique_is_on(workflow, tiny, known, monkeypatc
     for entry in samplers(api):
         model = with_techniques(api, entry["inputs"]["model"], tiny(network))
         with pytest.raises(Enough):
-            run(workflow, entry, model, network, full_size(workflow, model))
+            run(workflow, api, entry, model, network, full_size(workflow, model))
     for requests, execution in seen:
         outcomes = [outcome.to_json() for outcome in execution.outcomes]
         assert len(outcomes) == requests
@@ -184,7 +205,9 @@ def test_at_its_own_size_every_technique_is_on(workflow, tiny, known, monkeypatc
     assert len(seen) == len(samplers(api))
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.name)
+@pytest.mark.parametrize(
+    "workflow", [item for item in WORKFLOWS if samplers(build(item).api)], ids=lambda workflow: workflow.name
+)
 def test_it_runs_to_the_end_with_every_technique_on(workflow, tiny, known):
     network, variant = NETWORKS[workflow.family]
     known(variant)
@@ -192,7 +215,7 @@ def test_it_runs_to_the_end_with_every_technique_on(workflow, tiny, known):
     shape = SMALL.get(workflow.family, SMALL["sd35"] if workflow.family == "demo-image" else SMALL_CLIP)
     for entry in samplers(api):
         model = with_techniques(api, entry["inputs"]["model"], tiny(network), **THRESHOLDS)
-        result = run(workflow, entry, model, network, shape)
+        result = run(workflow, api, entry, model, network, shape, **THRESHOLDS)
         trace = host.TRACES.of_prompt(None)[-1]
         assert trace["outcome"] == "completed" and bool(torch.isfinite(result).all())
         wanted = {kind for kind in workflow.techniques if kind not in NOT_IN_PLANS}
@@ -233,14 +256,7 @@ def test_recorded_runs_are_possible_on_the_family(workflow, tiny):
     network, _ = NETWORKS[workflow.family]
     model, api = tiny(network), build(workflow).api
     (entry,) = (item for item in api.values() if item["class_type"] in FIRST)
-    values = {key: value for key, value in entry["inputs"].items() if not isinstance(value, list)} | {"steps": 4}
-    values |= {key: value for key, value in {"count": 1, "probes": 1}.items() if key in values}
-    declared = classes()[0][entry["class_type"]].define_schema().inputs
-    values |= {
-        item.id: item.default
-        for item in declared
-        if getattr(item, "default", None) is not None and item.id not in values
-    }
+    values = settings_of(entry, steps=4, count=1, probes=1)
     shape = SMALL.get(workflow.family, SMALL_CLIP)
     ends = {
         "positive": conditioning(3, network),

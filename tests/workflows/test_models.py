@@ -58,7 +58,6 @@ def test_every_technique_has_a_real_model_or_a_reason(object_info):
     without = {
         "StrettoCombineWeights": "wants checkpoints or LoRAs of the user's own training",
         "StrettoLoadAttentionWeights": "wants a checkpoint whose folder ComfyUI does not know",
-        "StrettoProgressiveSampler": "the same as Stretto Progressive Resolution, for SamplerCustom",
         "StrettoSpectrum": "measures a model once; see its demo workflow",
         "StrettoFrameRateSecondPass": "Stretto Dynamic Frame Rate in parts",
         "StrettoFrameRateProbe": "measures a model once",
