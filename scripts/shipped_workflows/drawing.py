@@ -70,8 +70,16 @@ def draw(workflow: Workflow, object_info: Json, api_to_ui: Any) -> Json:
     notes = _notes(workflow, graph, max(entry["id"] for entry in ui["nodes"]), top)
     ui["nodes"] += notes
     ui["last_node_id"] = max(entry["id"] for entry in ui["nodes"])
-    ui["extra"] = {"ds": {"scale": 0.5, "offset": [140, 240 - notes[0]["pos"][1]]}}
+    ui["extra"] = {"ds": _view(ui["nodes"])}
     return {"id": str(uuid.uuid5(_NAMESPACE, workflow.name)), "revision": 0, **ui}
+
+
+def _view(nodes: list[Json]) -> Json:
+    """How the editor shows the graph at first: all of it, in a window of 1600 x 1000 with ComfyUI's bars around it."""
+    left, top = (min(entry["pos"][axis] for entry in nodes) for axis in (0, 1))
+    right, bottom = (max(entry["pos"][axis] + entry["size"][axis] for entry in nodes) for axis in (0, 1))
+    scale = round(min(0.8, 1460 / (right - left), 800 / (bottom - top)), 2)
+    return {"scale": scale, "offset": [round(100 / scale) - left, round(150 / scale) - top]}
 
 
 def _say_origin(entry: Json, graph: Graph, key: str) -> None:
