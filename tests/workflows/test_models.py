@@ -162,3 +162,4 @@ def request(name):
 def test_the_table_names_every_workflow_once():
     text = table(WORKFLOWS)
     assert all(text.count(f"`{workflow.name}`") == 1 for workflow in REAL)
+    assert text in (FOLDER.parent / "README.md").read_text(encoding="utf-8")  # scripts/make_workflows.py --table
