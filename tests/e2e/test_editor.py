@@ -159,8 +159,15 @@ def test_the_template_browser_offers_our_workflows(editor):
 
 
 def test_a_template_is_loaded(editor):
-    card = open_templates(editor).get_by_text("demo-image-taylor", exact=True)
+    dialog = open_templates(editor)
     editor.wait_for_timeout(1500)  # cards move while their pictures come
+    dialog.get_by_text("demo-image-plain", exact=True).hover()
+    card = dialog.get_by_text("demo-image-taylor", exact=True)
+    for _ in range(80):  # cards are made as one scrolls
+        if card.count():
+            break
+        editor.mouse.wheel(0, 300)
+        editor.wait_for_timeout(300)
     card.scroll_into_view_if_needed()
     editor.wait_for_timeout(500)
     card.click()
