@@ -143,6 +143,15 @@ class GuidanceSession:
             "agreement": [list(pair) for pair in self.agreements],
         }
 
+    def words(self) -> str:
+        """Return what was saved and what was left alone, as a sentence for the trace, once the run is over."""
+        told = self.report()
+        words = (
+            f"guidance: the unconditional branch was asked at {told['asked']} evaluations and saved at {told['saved']}"
+        )
+        left = "; ".join(f"{reason} ({count} times)" for reason, count in told["left"].items())
+        return f"{words}; left as they are: {left}" if left else words
+
     def _decide(self, evaluation: Evaluation) -> str:
         """Return the evaluation's verdict; all requests of an evaluation (context windows) share it."""
         if self._verdict is None:

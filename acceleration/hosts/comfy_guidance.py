@@ -64,12 +64,7 @@ def _sampler_sample(run: RunState, session: GuidanceSession) -> Callable:
 
     def sampler_sample(executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         samples = executor(*args, **kwargs)
-        told = session.report()
-        words = (
-            f"guidance: the unconditional branch was asked at {told['asked']} evaluations and saved at {told['saved']}"
-        )
-        left = "; ".join(f"{reason} ({count} times)" for reason, count in told["left"].items())
-        run.trace.header["notes"].append(f"{words}; left as they are: {left}" if left else words)
+        run.trace.header["notes"].append(session.words())
         return samples
 
     return sampler_sample

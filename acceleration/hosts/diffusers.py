@@ -218,10 +218,10 @@ class _Attachment:
             return original(*args, **kwargs)
         run, index, asked = found
 
-        def compute(call: Any) -> Any:
+        def compute(call: Any, arguments: Mapping[str, Any]) -> Any:
             token = _CALL.set((run, call))
             try:
-                return original(*args, **kwargs)
+                return original(*args, **kwargs) if arguments is asked.arguments else original(**arguments)
             finally:
                 _CALL.reset(token)
 
@@ -273,7 +273,7 @@ class _Attachment:
             free_bytes=free_memory(asked.latent.device),
             free_system_bytes=free_memory(torch.device("cpu")),
         )
-        execution = resolve_here(owner.plan, facts, obstacle)
+        execution = resolve_here(owner.plan, facts, obstacle, _may_guide(owner.pipeline, known))
         for outcome in execution.outcomes:
             log.info("%s: %s. %s", outcome.technique, outcome.status, outcome.reason)
         scale, device = _scale(owner.pipeline), asked.latent.device
@@ -350,6 +350,12 @@ def _module_forward(network: Any, part: ModulePart, original: Callable, args: tu
 def _guides(pipeline: Any) -> bool:
     """Whether a pipeline says that it guides, as far as it says anything."""
     return bool(getattr(pipeline, "do_classifier_free_guidance", False))
+
+
+def _may_guide(pipeline: Any, known: Transformer | None) -> bool:
+    """Whether a pipeline may make a second call for guidance without saying so beforehand, as FLUX's do."""
+    silent = not isinstance(pipeline, torch.nn.Module) and not hasattr(pipeline, "do_classifier_free_guidance")
+    return silent and known is not None and not known.batched
 
 
 def _scale(pipeline: Any) -> float | None:

@@ -37,8 +37,14 @@ SKIPPING_HOOKS = frozenset(
 )
 
 
-def resolve_here(plan: Plan, facts: Facts, obstacle: str) -> Execution:
+def resolve_here(plan: Plan, facts: Facts, obstacle: str, may_guide: bool = False) -> Execution:
     """Resolve what can run in this host; all else is off with the reason.
+
+    Args:
+        plan: what is wanted.
+        facts: what is known.
+        obstacle: why nothing but timing can run, "" where nothing stands in the way.
+        may_guide: whether a second branch may come although ``facts`` know of one.
 
     Raises:
         StrettoError: a request marked as required cannot run.
@@ -48,7 +54,7 @@ def resolve_here(plan: Plan, facts: Facts, obstacle: str) -> Execution:
         for request in plan.of(name):
             reason = _why_not(request, facts, obstacle)
             if not reason:
-                outcomes += resolve(Plan((request,)), _facts_for(name, facts)).outcomes
+                outcomes += resolve(Plan((request,)), _facts_for(name, facts, may_guide)).outcomes
                 continue
             if request.required:
                 raise StrettoError(f"{technique.label(request)} is marked as required but cannot run: {reason}.")
@@ -74,8 +80,10 @@ def _why_not(request: Request, facts: Facts, obstacle: str) -> str:
     return obstacle
 
 
-def _facts_for(name: str, facts: Facts) -> Facts:
+def _facts_for(name: str, facts: Facts, may_guide: bool) -> Facts:
     """Return what a technique is told: modules inside blocks are reached for attention alone, so caches know of none."""
+    if name == "guidance" and may_guide:
+        facts = replace(facts, branches=2)
     if name in ATTENTION or facts.descriptor is None:
         return facts
     return replace(facts, descriptor=replace(facts.descriptor, module_lists=()))

@@ -9,12 +9,14 @@ import torch
 
 from ..evaluation import COMPUTED, Branch, Call
 from ..facts import Facts
+from ..guidance.session import GuidanceSession
 from ..models.diffusers import Transformer
 from ..plan import Plan
 from ..resolve import Execution
 from ..run import RunState
 from ..trace import TraceBuilder
 from .device import clock_for, peak_memory, synchronize
+from .diffusers_guidance import Saver
 from .diffusers_levels import Levels
 
 #: Arguments of transformers that tell one guidance branch from another.
@@ -72,6 +74,35 @@ class Asked:
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of the latent of one guidance branch."""
         return (len(self.latent) // self.branches, *self.latent.shape[1:])
+
+
+Compute = Callable[[Call, Mapping[str, Any]], Any]
+"""Calls the network with the given arguments, inside a call of the engine's."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What became of one call of the network.
+
+    Attributes:
+        run: it belongs to.
+        asked: what was asked.
+        call: as the engine saw it.
+        denoised: what the sessions made of it.
+        raw: what the network returned, None where it did not run.
+    """
+
+    run: "Run"
+    asked: Asked
+    call: Call
+    denoised: torch.Tensor
+    raw: Any
+
+    def out(self) -> Any:
+        """Return what the network returned, or would have."""
+        if self.raw is not None:
+            return self.raw
+        return self.run.whole(self.call.to_prediction(self.denoised), self.asked)
 
 
 class Conditionings:
@@ -132,9 +163,12 @@ class Run:
         self._order: list[Hashable] = []
         self._calls_before = 0
         self._rest: torch.Tensor | None = None
+        self._inside, self._decision = 0.0, COMPUTED
+        saving = next((each for each in execution.sessions if isinstance(each, GuidanceSession)), None)
+        self._saver = Saver(saving, self) if saving is not None else None
         self._started = self._ended = time.perf_counter()
 
-    def call(self, index: int, asked: Asked, compute: Callable[[Call], Any]) -> Any:
+    def call(self, index: int, asked: Asked, compute: Compute) -> Any:
         """Run one call of the network through the sessions and return what the network would return."""
         entered = time.perf_counter()
         branches = self._branches(asked)
@@ -142,32 +176,46 @@ class Run:
         if index != self.index or any(key in self._seen for key in keys):
             self._turn(index, asked.latent[: asked.latent_shape[0]])
         self._seen += keys
-        call = self._call(index, asked, branches)
-        elapsed, inside, raw = self.state.clock(), 0.0, None
-
-        def run() -> torch.Tensor:
-            nonlocal inside, raw
-            call.scratch["depths"] = self.state.depths(call) if self.state.sessions else frozenset()
-            started = time.perf_counter()
-            raw = compute(call)
-            inside = time.perf_counter() - started
-            return call.to_denoised(self._prediction(raw, asked))
-
+        elapsed = self.state.clock()
+        self._inside = 0.0
         try:
-            denoised = self.state.network(call, run)
-            out = raw if raw is not None else self._whole(call.to_prediction(denoised), asked)
+            if self._saver is not None:
+                out = self._saver.answer(asked, branches, compute)
+            else:
+                out = self.one(asked, branches, compute).out()
         except BaseException as error:
             self.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
         elapsed()
         self._ended = time.perf_counter()
         self._readings.append(elapsed)
-        if call.decisions[0] == COMPUTED:
-            self.state.overhead += self._ended - entered - inside
+        if self._inside and self._decision == COMPUTED:
+            self.state.overhead += self._ended - entered - self._inside
         last = index == len(self.levels.timesteps) - 1
         if last and self._calls_before and len(self._readings) == self._calls_before:
             self.finish("completed")  # nobody waits for another call: what is stored is freed before decoding
         return out
+
+    def one(self, asked: Asked, branches: tuple[Branch, ...], compute: Compute) -> "Answer":
+        """Send one call of the network, as asked, through the sessions."""
+        call, raw = self._call(asked, branches), None
+
+        def run() -> torch.Tensor:
+            nonlocal raw
+            call.scratch["depths"] = self.state.depths(call) if self.state.sessions else frozenset()
+            started = time.perf_counter()
+            raw = compute(call, asked.arguments)
+            self._inside += time.perf_counter() - started
+            return call.to_denoised(self._prediction(raw, asked))
+
+        denoised = self.state.network(call, run)
+        self._decision = call.decisions[0]
+        return Answer(self, asked, call, denoised, raw)
+
+    def affine(self) -> tuple[float, float]:
+        """Return (a, b) of the evaluation: a denoised latent is ``a * network input + b * network output``."""
+        scale, gain = self.levels.affine(self.index)
+        return scale, gain * (self.known.sign if self.known else 1.0)
 
     def finish(self, outcome: str | None) -> None:
         """End the run: free what it stores and keep its trace. Without an ``outcome``, its last step tells."""
@@ -178,6 +226,9 @@ class Run:
             outcome = "completed" if self.index == len(self.levels.timesteps) - 1 else "interrupted"
         synchronize(self.device)
         self._close_evaluation()
+        if self._saver is not None:
+            self._saver.close()
+            self.state.trace.header["notes"].append(self._saver.session.words())
         memory = {**peak_memory(self.device), "store_peak_bytes": self.state.peak_bytes}
         sections = self.state.sections()
         self.state.close()
@@ -215,14 +266,13 @@ class Run:
             self._order.append(key)
         return (Branch(BRANCH_NAMES[place] if place < len(BRANCH_NAMES) else "other", key),)
 
-    def _call(self, index: int, asked: Asked, branches: tuple[Branch, ...]) -> Call:
-        latent = asked.latent
-        scale, gain = self.levels.affine(index)
-        gain *= self.known.sign if self.known else 1.0
+    def _call(self, asked: Asked, branches: tuple[Branch, ...]) -> Call:
+        latent = asked.latent if asked.latent.dtype == torch.float64 else asked.latent.float()
+        scale, gain = self.affine()
         known: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def to_denoised(prediction: torch.Tensor) -> torch.Tensor:
-            denoised = scale * latent + gain * prediction
+            denoised = scale * latent + gain * prediction.to(latent.dtype)
             known.append((denoised, prediction))
             return denoised
 
@@ -237,7 +287,7 @@ class Run:
             branches=branches,
             rows=len(latent) // len(branches),
             tokens=self.known.descriptor.tokens(self.network, latent.shape) if self.known else 0,
-            network_input=latent,
+            network_input=asked.latent,
             to_prediction=to_prediction,
             to_denoised=to_denoised,
             skippable=not asked.arguments.get("skip_layers"),
@@ -254,11 +304,13 @@ class Run:
         self._rest = sample.narrow(dim, channels, more).clone() if more > 0 else None
         return sample.narrow(dim, 0, channels) if more > 0 else sample
 
-    def _whole(self, prediction: torch.Tensor, asked: Asked) -> Any:
+    def whole(self, prediction: torch.Tensor, asked: Asked) -> Any:
         """Return what the network would have returned around ``prediction``."""
         sample = prediction.to(asked.hidden_states.dtype)
         if self._rest is not None:
-            sample = torch.cat((sample, self._rest), dim=self.known.channel_dim)
+            # Of a saved branch there is none: its pipeline reads the conditional one's.
+            rest = self._rest if len(self._rest) >= len(sample) else torch.cat((self._rest, self._rest))
+            sample = torch.cat((sample, rest[: len(sample)]), dim=self.known.channel_dim)
         if asked.arguments.get("return_dict", True) is False:
             return (sample,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
