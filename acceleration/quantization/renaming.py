@@ -6,7 +6,7 @@ change places. The maps are facts of the two formats; ComfyUI applies the same w
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..errors import StrettoError
@@ -172,6 +172,25 @@ def comfy_names(tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], str |
             out[name] = tensor
         return out, "names of HunyuanVideo as published"
     return dict(tensors), None
+
+
+def comfy_place(name: str, names: Collection[str]) -> tuple[str, Rule | None]:
+    """Return ComfyUI's name of one tensor of a diffusers network, and the rule that says where in it the tensor stands.
+
+    Args:
+        name: of the tensor.
+        names: of all tensors of its kind in the network; they tell the family.
+
+    Raises:
+        StrettoError: the tensor has no place in ComfyUI's.
+    """
+    if any(known.rpartition(".")[0] + ".weight" in names for known in _SAME):
+        return name, None
+    for telling, rules, family in _TELLING:
+        if telling in names or telling.replace("norm_q", "to_q") in names:
+            last = max((int(match[1]) for match in (re.match(_DOUBLE, other) for other in names) if match), default=0)
+            return _target(name, [(re.compile(rule.pattern), rule) for rule in rules], family, last)
+    return name, None
 
 
 def _renamed(tensors: Mapping[str, Stored], rules: list[Rule], family: str) -> dict[str, Stored]:
