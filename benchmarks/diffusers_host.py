@@ -1,12 +1,18 @@
 """Caches of this pack under diffusers beside those of diffusers and cache-dit, on one transformer: quality and overhead.
 
-    .venv/bin/python benchmarks/diffusers_host.py [--count 8] [--steps 28] [--overhead-runs 12]
+    .venv/bin/python benchmarks/diffusers_host.py [--count 8] [--steps 28] [--overhead-runs 12] [--attention-rounds 3]
 
 The demo image model, converted to diffusers' SD3 transformer, in diffusers' own pipeline (fp32, batched guidance). Decoded by
 ComfyUI's loader of the demo VAE where ComfyUI is there. Every arm runs every held-out prompt with the same noise; a hook on the
-second block counts how often it really ran. Quality is the PSNR of the pictures to the plain run, set against a plain run of
-as many steps as the arm computed. Overhead is the process time that an arm adds to a step which it computes, in runs that
-compute everything, one arm after the other in every round. Prints tables and writes benchmarks/results/diffusers_host.json.
+second block counts how often it really ran, in rows of the guided batch. Quality is the PSNR of the pictures to the plain run,
+set against a plain run of as many steps as the arm computed. Overhead is the process time that an arm adds to a step which it
+computes, in runs that compute everything, one arm after the other in every round.
+
+Sparse attention runs on pictures of 512 x 512 (1,024 tokens; the model knows 64 x 64, where there are 16), so its pictures show
+nothing: read how far latents are off, and the process time of a step, set against the pipeline's own dense attention. diffusers
+has nothing to set beside it: all backends of its attention dispatcher compute every key. The guidance saver, for which it has
+nothing in this pipeline either, is set against fewer steps like the caches. Prints tables and writes
+benchmarks/results/diffusers_host.json.
 """
 
 import argparse
@@ -26,6 +32,8 @@ from overhead import ROOT, prepare
 RESULT = ROOT / "benchmarks" / "results" / "diffusers_host.json"
 MODELS = ROOT / "demo" / "models"
 GUIDANCE, SIZE = 5.0, 64
+#: Side of the pictures that attention is compared on, and their steps.
+LARGE, LARGE_STEPS = 512, 8
 PARTS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
@@ -54,6 +62,31 @@ def ours(force: bool = False, **settings) -> Callable:
         from stretto.acceleration.plan import Request
 
         return accelerate(pipe, Request("cache", settings, force=force))
+
+    return enter
+
+
+def sparse(**settings) -> Callable:
+    """Sparse attention of this pack."""
+
+    def enter(pipe, steps):
+        from stretto.acceleration.hosts.diffusers import accelerate
+        from stretto.acceleration.plan import Request
+
+        numbers = {"min_tokens": 0, "dense_until": 0.0, "probe": False, **settings}
+        return accelerate(pipe, Request("attention", numbers, force=True, required=True))
+
+    return enter
+
+
+def saver(**settings) -> Callable:
+    """The guidance saver of this pack."""
+
+    def enter(pipe, steps):
+        from stretto.acceleration.hosts.diffusers import accelerate
+        from stretto.acceleration.plan import Request
+
+        return accelerate(pipe, Request("guidance", settings, required=True))
 
     return enter
 
@@ -183,6 +216,8 @@ def arms_of(steps: int, ratios: list[float], curve: str) -> list[Arm]:
         settings = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 4, "residual_diff_threshold": threshold}
         found.append(Arm(f"cache-dit DBCache F1B0 {threshold:g}", "cache-dit", dbcache(**settings)))
         found.append(Arm(f"cache-dit DBCache F1B0 {threshold:g}, TaylorSeer", "cache-dit", dbcache(**settings, taylor=1)))
+        ours_too = {"method": "DBCache-Taylor", "threshold": threshold, "coordinate": "logsnr", "max_skips": 3, "tail": 0}
+        found.append(Arm(f"DBCache-Taylor {threshold:g}", "ours", ours(**ours_too)))
         found.append(Arm(f"EasyCache {threshold:g}", "ours", ours(method="EasyCache", threshold=threshold, tail=1)))
         found.append(Arm(f"Adaptive {threshold:g}", "ours", ours(method="Adaptive", threshold=threshold, tail=2)))
     for threshold in (0.06, 0.12, 0.24):
@@ -191,6 +226,17 @@ def arms_of(steps: int, ratios: list[float], curve: str) -> list[Arm]:
         found.append(Arm(f"MagCache hook {threshold:g}", "diffusers", hooked(magnitude(ratios, threshold))))
     for level in ("quality", "balanced", "fast"):
         found.append(Arm(f"Fitted, {level}", "ours", ours(method="Fitted", preset=level, warmup=0, tail=0)))
+    for interval in (2, 3, 4):
+        settings = {"method": "Periodic", "interval": interval, "warmup": 4, "tail": 3}
+        found.append(Arm(f"Guidance Periodic, every {interval}", "ours", saver(**settings)))
+    return found
+
+
+def attention_arms() -> list[Arm]:
+    """Dense attention as the pipeline has it, and ours."""
+    found = [Arm("dense, as the pipeline has it", "", plain), Arm("all blocks kept", "ours", sparse(keep=1.0))]
+    for method, keep in (("Block mass", 0.5), ("Block mass", 0.25), ("Top-k", 0.25), ("Sol", 0.25), ("SLA", 0.25)):
+        found.append(Arm(f"{method}, keep {keep:.0%}", "ours", sparse(method=method, keep=keep)))
     return found
 
 
@@ -231,26 +277,26 @@ class Bench:
         self.vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / "vae" / "stretto-demo-image-vae.safetensors")))
         self.latents = comfy.latent_formats.SD3()
         self.text = load(MODELS / "text_encoders" / "stretto-demo-text.safetensors")
-        self.calls = 0
+        self.calls = 0.0
         # The first block may have to run to decide, the last one to correct; the second is skipped by every cache.
-        transformer.transformer_blocks[1].attn.register_forward_pre_hook(self._count)
+        transformer.transformer_blocks[1].attn.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, module, args) -> None:
-        self.calls += 1
+    def _count(self, module, args, kwargs) -> None:
+        self.calls += len(args[0] if args else kwargs["hidden_states"]) / 2  # a step of guidance has two rows
 
-    def run(self, arm: Arm, prompt: str, steps: int, seed: int):
-        """Sample: the latent, process seconds, steps whose second block ran."""
+    def run(self, arm: Arm, prompt: str, steps: int, seed: int, size: int = SIZE):
+        """Sample: the latent, process seconds, steps whose second block ran, half ones for one branch alone."""
         import torch
 
         count = arm.steps or steps
         (text, pooled, _), (no_text, no_pooled, _) = self.text.encode([prompt]), self.text.encode([""])
-        noise = torch.randn(1, 16, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed))
-        self.calls = 0
+        noise = torch.randn(1, 16, size // 8, size // 8, generator=torch.Generator().manual_seed(seed))
+        self.calls = 0.0
         with arm.enter(self.pipe, count):
             started = time.process_time()
             latent = self.pipe(
                 prompt_embeds=text, pooled_prompt_embeds=pooled, negative_prompt_embeds=no_text,
-                negative_pooled_prompt_embeds=no_pooled, guidance_scale=GUIDANCE, latents=noise, height=SIZE, width=SIZE,
+                negative_pooled_prompt_embeds=no_pooled, guidance_scale=GUIDANCE, latents=noise, height=size, width=size,
                 sigmas=[1.0 - step / count for step in range(count)], num_inference_steps=count, output_type="latent",
             ).images  # fmt: skip
             seconds = time.process_time() - started
@@ -341,6 +387,36 @@ def overhead(bench: Bench, arms: list[Arm], prompt: str, steps: int, runs: int) 
     return rows
 
 
+def attention(bench: Bench, arms: list[Arm], prompt: str, steps: int, rounds: int) -> dict[str, dict]:
+    """How far latents are off those of dense attention, and process seconds a step, in turn."""
+    rows = {arm.name: {"whose": arm.whose, "seconds": []} for arm in arms}
+    for run in range(rounds + 1):
+        reference = None
+        for arm in arms:
+            latent, seconds, _ = bench.run(arm, prompt, steps, 7, LARGE)
+            reference = latent if reference is None else reference
+            rows[arm.name]["relative_error"] = float((latent - reference).norm() / reference.norm())
+            if run:  # the first round warms up
+                rows[arm.name]["seconds"].append(seconds / steps)
+        print(f"  attention: round {run} of {rounds}", flush=True)
+    for row in rows.values():
+        seconds = row.pop("seconds")
+        row |= {"ms_per_step": statistics.median(seconds) * 1e3, "ms_range": [min(seconds) * 1e3, max(seconds) * 1e3]}
+    return rows
+
+
+def attention_table(rows: dict[str, dict]) -> str:
+    """The table of attention as Markdown."""
+    tokens = (LARGE // 16) ** 2
+    lines = [f"| attention, {tokens:,} tokens | whose | latents off by | ms a step | range |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        low, high = row["ms_range"]
+        lines.append(
+            f"| {name} | {row['whose']} | {row['relative_error']:.1e} | {row['ms_per_step']:.0f} | {low:.0f} to {high:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def report(rows: dict[str, dict], cost: dict[str, dict], steps: int) -> str:
     """Both tables as Markdown."""
     lines = [
@@ -367,6 +443,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=8, help="held-out prompts")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--overhead-runs", type=int, default=12)
+    parser.add_argument("--attention-rounds", type=int, default=3)
     parser.add_argument("--comfyui", type=Path, default=ROOT / ".comfyui")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
@@ -391,13 +468,17 @@ def main() -> None:
     rows = quality(bench, there, prompts, args.steps)
     computing = [arm for arm in computing_arms(ratios) if rival or arm.whose != "cache-dit"]
     cost = overhead(bench, computing, prompts[0], args.steps, args.overhead_runs)
+    spared = attention(bench, attention_arms(), prompts[0], LARGE_STEPS, args.attention_rounds)
     unchanged = bool((bench.run(there[0], prompts[0], args.steps, 1)[0] == first).all())
     table = report(rows, cost, args.steps)
-    print(f"\n{table}\n\nplain pictures before and after all arms are {'equal' if unchanged else 'NOT equal'}")
+    told = "equal" if unchanged else "NOT equal"
+    print(f"\n{table}\n\n{attention_table(spared)}\n\nplain pictures before and after all arms are {told}")
     result = {
         "model": "demo image, in diffusers", "steps": args.steps, "prompts": len(prompts), "cfg": GUIDANCE,
         "cpu": platform.processor() or platform.machine(), "diffusers": diffusers.__version__, "cache_dit": rival,
-        "quality": rows, "overhead": cost, "plain_unchanged": unchanged,
+        "quality": rows, "overhead": cost,
+        "attention": {"tokens": (LARGE // 16) ** 2, "steps": LARGE_STEPS, "counterpart_in_diffusers": None, "arms": spared},
+        "plain_unchanged": unchanged,
     }  # fmt: skip
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
