@@ -24,6 +24,7 @@ ELSEWHERE = {
     "temporal_features": "its tables stand for weights that ComfyUI's loader keeps",
 }
 RECORDS = "it records a run for a node of ComfyUI, which makes a file that works here too"
+UNSAID = "if this pipeline makes a second call for it, which it does not say beforehand"
 #: Hooks of diffusers that skip parts of a network.
 SKIPPING_HOOKS = frozenset(
     {
@@ -54,7 +55,10 @@ def resolve_here(plan: Plan, facts: Facts, obstacle: str, may_guide: bool = Fals
         for request in plan.of(name):
             reason = _why_not(request, facts, obstacle)
             if not reason:
-                outcomes += resolve(Plan((request,)), _facts_for(name, facts, may_guide)).outcomes
+                (outcome,) = resolve(Plan((request,)), _facts_for(name, facts, may_guide)).outcomes
+                if name == "guidance" and may_guide and outcome.session is not None:
+                    outcome = replace(outcome, reason=f"{outcome.reason}; {UNSAID}")
+                outcomes.append(outcome)
                 continue
             if request.required:
                 raise StrettoError(f"{technique.label(request)} is marked as required but cannot run: {reason}.")
