@@ -172,7 +172,7 @@ class _Attachment:
                 f"accelerate: this {type(self.network).__name__} is already accelerated; leave the other `with` first, "
                 "or put all requests into one plan"
             )
-        obstacle = foreign_cache(self.network) if self.owner.plan.of("cache") else ""
+        obstacle = foreign_cache(self.network, self.owner.plan)
         if obstacle:
             raise ConflictError(obstacle)
         self.order = parameters(self.network)

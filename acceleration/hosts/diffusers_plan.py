@@ -127,18 +127,24 @@ def _hooks(module: torch.nn.Module) -> set[str]:
     return {name for registry in registries if registry is not None for name in getattr(registry, "hooks", {})}
 
 
-def foreign_cache(network: Any) -> str:
-    """Return why a cache of somebody else's stands in the way, "" where none does."""
+def foreign_cache(network: Any, plan: Plan) -> str:
+    """Return why a cache of somebody else's stands in the way of a plan, "" where none does.
+
+    A cache of ours would skip steps beside it; the guidance saver would hand it half a batch, or leave out calls that it counts.
+    """
+    request = next((request for name in ("cache", "table", "guidance") for request in plan.of(name)), None)
+    if request is None:
+        return ""
+    node = "Stretto Guidance Saver" if request.technique == "guidance" else "Stretto Cache"
+    why = "the cache counts calls that would be left out" if request.technique == "guidance" else "both would skip steps"
     hooks = sorted(_hooks(network) & SKIPPING_HOOKS)
     if hooks or getattr(network, "is_cache_enabled", False):
         return (
-            f"Stretto Cache and a cache of diffusers ({hooks[0] if hooks else 'enable_cache'}) are on the same transformer; "
-            "both would skip steps. Call its disable_cache() first, or remove the hook."
+            f"{node} and a cache of diffusers ({hooks[0] if hooks else 'enable_cache'}) are on the same transformer; "
+            f"{why}. Call its disable_cache() first, or remove the hook."
         )
     if getattr(network, "_is_cached", False):
-        return (
-            "Stretto Cache and cache-dit are on the same transformer; both would skip steps. Disable cache-dit first."
-        )
+        return f"{node} and cache-dit are on the same transformer; {why}. Disable cache-dit first."
     return ""
 
 

@@ -380,8 +380,9 @@ def test_compiled_blocks_leave_the_networks_output():
 def test_caches_of_diffusers_are_refused():
     pipe = loop("WanTransformer3DModel")
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(0.1))
-    with pytest.raises(ConflictError, match="disable_cache"), accelerate(pipe, TAYLOR):
-        pass
+    for wanted in (TAYLOR, Request("table", {"rows": "####/#..."}), Request("guidance", {})):
+        with pytest.raises(ConflictError, match="disable_cache"), accelerate(pipe, wanted):
+            pass
     pipe.transformer.disable_cache()
     with accelerate(pipe, TAYLOR):
         pipe()
