@@ -132,7 +132,7 @@ def run_pipeline(
     except (ValueError, TypeError) as error:
         if isinstance(error, StrettoError):
             raise
-        raise StrettoError(f"{_name(pipeline)}: {str(error)[:400]}") from error
+        raise StrettoError(f"{_name(pipeline)}: {' '.join(str(error).split())[:300]}") from error
     finally:
         documents = run.traces if link.plan.requests else []
         for document in documents:
@@ -264,7 +264,7 @@ def _embedded(pipeline: Any, settings: Sampling, takes: set[str], device: torch.
     if negative is None and settings.guidance > 1.0 and "negative_prompt_embeds" in takes:
         raise StrettoError("Stretto Diffusers Sample: guidance above 1 needs the negative conditioning too; connect it")
     dtype = pipeline.transformer.dtype
-    wanted: dict[str, Any] = {}
+    wanted: dict[str, Any] = {"prompt": None, "negative_prompt": None}
     for prefix, conditioning in (("", positive), ("negative_", negative)):
         if conditioning is None:
             continue
