@@ -8,9 +8,12 @@ from comfy_api.latest import io
 
 from ..acceleration.errors import StrettoError
 from ..acceleration.hosts import comfy_quantization as host
+from ..acceleration.hosts.diffusers_folder import find_folders
 from .inputs import ADVANCED
 
 NONE = "none"
+#: Begins the name of a network inside a folder of ComfyUI's diffusers folders.
+PIPELINE = "diffusers: "
 FORMATS = [host.AS_IS, "int8", "w6a8", "w4a8", "fp8"]
 LOADERS = [host.AUTOMATIC, host.STRETTO, host.CORE]
 TYPES = [kind.name.lower() for kind in comfy.sd.CLIPType]
@@ -21,13 +24,36 @@ _FORMAT_TIP = (
 _LOADER_TIP = "Automatic leaves to ComfyUI what it loads best by itself, and says so."
 
 
+def transformer_folders(kind: str) -> dict[str, Path]:
+    """Return folders of diffusers transformers by name: those in ComfyUI's folders of that kind, and those of pipelines."""
+    if kind != "diffusion_models":
+        return {}
+    found: dict[str, Path] = {}
+    for base in map(Path, folder_paths.get_folder_paths(kind)):
+        for config in sorted(base.rglob("config.json")) if base.is_dir() else ():
+            if config.parent != base and any(config.parent.glob("*.safetensors")):
+                found.setdefault(config.parent.relative_to(base).as_posix() + "/", config.parent)
+    for base in map(Path, folder_paths.get_folder_paths("diffusers")):
+        for name in find_folders(base):
+            for folder in sorted((base / name).glob("transformer*")):
+                found.setdefault(f"{PIPELINE}{name}/{folder.name}", folder)
+    return found
+
+
 def files(kind: str) -> list[str]:
-    """Return the names to choose from: what ComfyUI lists, and GGUF files in the same folders."""
+    """Return the names to choose from: what ComfyUI lists, GGUF files in the same folders, and folders of diffusers."""
     names = list(folder_paths.get_filename_list(kind))
     for folder in map(Path, folder_paths.get_folder_paths(kind)):
         if folder.is_dir():
             names += [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.gguf"))]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys([*names, *transformer_folders(kind)]))
+
+
+def stem_of(name: str) -> str:
+    """Return what files made of a name of :func:`files` are called after."""
+    if name.startswith(PIPELINE):
+        return name.removeprefix(PIPELINE).replace("/", "-")
+    return Path(name).stem
 
 
 def path_of(kind: str, name: str) -> str:
@@ -37,6 +63,8 @@ def path_of(kind: str, name: str) -> str:
         StrettoError: there is no such file in ComfyUI's folders.
     """
     found = folder_paths.get_full_path(kind, name)
+    if found is None and name in (folders := transformer_folders(kind)):
+        found = str(folders[name])
     if found is None:
         raise StrettoError(
             f"{name!r:.200} is in none of ComfyUI's {kind} folders; reload the page to see what is there"
@@ -59,7 +87,7 @@ class StrettoLoadDiffusionModel(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=files("diffusion_models"),
-                    tooltip="A file in ComfyUI's diffusion_models folders.",
+                    tooltip="A file in ComfyUI's diffusion_models folders, or the folder of a diffusers transformer.",
                 ),
                 io.Combo.Input("format", options=FORMATS, default=host.AS_IS, tooltip=_FORMAT_TIP),
                 io.Combo.Input(

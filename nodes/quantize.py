@@ -21,7 +21,7 @@ from ..acceleration.quantization.planning import MIXED, Wishes, plan_wishes
 from ..acceleration.quantization.quantizing import PROVENANCE_KEY, RECIPE_KEY, Plan, Result, write_file
 from ..acceleration.quantization.statistics import Statistics
 from .inputs import ADVANCED
-from .load_quantized import files, path_of
+from .load_quantized import files, path_of, stem_of
 from .profile import ProfiledRun, ProfileType, profiled
 
 StatisticsType = io.Custom("STRETTO_QUANTIZATION_STATISTICS")
@@ -164,7 +164,7 @@ class StrettoQuantize(io.ComfyNode):
             raise StrettoError("Stretto Quantize: statistics come from Stretto Quantization Statistics")
         source = path_of("diffusion_models", model_name)
         suffix = f"{format}{f'-{budget:g}MB' if format == MIXED else ''}{'-balanced' if balance else ''}"
-        base = checked_name(name) if name.strip() else f"{Path(model_name).stem}-{suffix}"
+        base = checked_name(name) if name.strip() else f"{stem_of(model_name)}-{suffix}"
         lines: list[str] = []
         wishes = Wishes(
             source,

@@ -57,7 +57,7 @@ from ..quantization.inspecting import rotation_problem
 from ..quantization.layouts import Awq, Fp8, Int8Rows, Packed
 from ..quantization.load_report import LoadReport, linear_share, speed_words
 from ..quantization.quantizing import BLOCK, plan_file, rotation_checks
-from ..quantization.renaming import comfy_names
+from ..quantization.renaming import WAN_NAMES, comfy_names
 from ..temporal_features.layers import feature_note, feature_weights
 from .comfy_features import file_operations, file_placeholder
 from .comfy_vocabulary import placeholder, row_operations
@@ -84,7 +84,7 @@ def load_diffusion_model(
     """Load a diffusion model, quantized or to be quantized while loading.
 
     Args:
-        path: safetensors, index of shards, or GGUF.
+        path: safetensors, index of shards, folder of a diffusers transformer, or GGUF.
         format: :data:`AS_IS`, or a layout's name: free layers of a 16-bit or GGUF file get it while loading.
         loader: :data:`AUTOMATIC` leaves what ComfyUI loads best to it.
         lora: :data:`BRANCH` keeps LoRAs exact beside the weights, :data:`REQUANTIZE` rounds them into the weights.
@@ -104,7 +104,7 @@ def load_diffusion_model(
     with open_checkpoint(path) as checkpoint:
         prepared = _prepare(checkpoint, format, loader, keep=keep, features=features)
         if prepared.core:
-            return comfy.sd.load_diffusion_model(path), prepared.report
+            return comfy.sd.load_diffusion_model(str(checkpoint.paths[0])), prepared.report
         items = [item for item, full in prepared.packed.values() if not full]
         operations = quantized_operations(prepared.packed, lora, prepared.folds, keep)
         operations, taken = file_operations(operations)
@@ -241,6 +241,10 @@ def _prepare(
     architecture = find_architecture(logical)
     tables = find_tables(logical) if vocabulary != LOADED else ()
     core, why = _who(found, format, loader, len(checkpoint.paths) > 1, text)
+    if core and renamed == WAN_NAMES:
+        if loader == CORE:
+            raise StrettoError(f"{path}: has {renamed}, which ComfyUI's own loader does not read; choose {AUTOMATIC!r}")
+        core, why = False, f"ComfyUI does not read {renamed}"
     if core and tables:
         core, why = False, "ComfyUI loads vocabularies whole"
     lazy = feature_weights(architecture, found.plain) if features != LOADED else ()

@@ -81,7 +81,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _in_folder(folder: Path) -> Path:
-    """The one checkpoint in a folder, as diffusers lays it out."""
+    """The one checkpoint in a folder, as diffusers lays it out; of a whole pipeline's folder its transformer."""
+    if (folder / "model_index.json").is_file():
+        parts = sorted(path.name for path in folder.glob("transformer*") if path.is_dir())
+        if len(parts) != 1:
+            what = " and ".join(parts) or "no transformer"
+            raise StrettoError(f"{folder}: a pipeline with {what}; name the folder of the one network that is meant")
+        folder = folder / parts[0]
     indices = sorted(folder.glob("*" + INDEX_SUFFIX))
     files = indices or sorted(folder.glob("*.safetensors"))
     if len(files) != 1:

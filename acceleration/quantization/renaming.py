@@ -147,6 +147,8 @@ _TELLING = (
     ("transformer_blocks.0.attn.add_q_proj.weight", SD3, "SD3"),
     ("condition_embedder.time_proj.weight", WAN, "Wan"),
 )
+#: What :func:`comfy_names` says of Wan, whose diffusers names ComfyUI does not read itself.
+WAN_NAMES = "names of diffusers' Wan"
 #: Families whose names are the same in both (their ComfyUI class was written after diffusers').
 _SAME = ("transformer_blocks.0.img_mod.1.weight", "adaln_single.emb.timestep_embedder.linear_1.bias")
 

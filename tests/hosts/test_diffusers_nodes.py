@@ -466,3 +466,33 @@ def test_pictures_come_in_one_form():
     assert pictures_of([np.zeros((4, 5, 3))] * 2).dtype == torch.float32
     with pytest.raises(StrettoError, match="expected pictures or clips"):
         pictures_of(np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_quantizer_and_loader_take_folders_of_diffusers(base, folders, kind, tmp_path):
+    """The network of a pipeline gives the quantized file, and the predictions, that ComfyUI's own file gives."""
+    from stretto.acceleration.hosts import comfy_quantization
+    from stretto.acceleration.quantization.quantizing import plan_file, write_file
+    from stretto.nodes.load_quantized import files, path_of, stem_of
+
+    def quantize(source, target):
+        with (plan := plan_file(source)).checkpoint:
+            return write_file(plan, target).path
+
+    shutil.copytree(folders[kind], base / "mine")
+    name = "diffusers: mine/transformer"
+    assert name in files("diffusion_models") and stem_of(name) == "mine-transformer"
+    made = [quantize(source, tmp_path / f"{n}.safetensors") for n, source in enumerate((FILES[kind][0], base / "mine"))]
+    first, second = map(load_file, made)
+    assert set(first) == set(second) and all(torch.equal(first[key], second[key]) for key in first)
+    network, report = comfy_quantization.load_diffusion_model(path_of("diffusion_models", name))
+    known = comfy.sd.load_diffusion_model(str(FILES[kind][0]))
+    theirs, ours = (each.model.diffusion_model.state_dict() for each in (network, known))
+    assert set(theirs) == set(ours) and all(torch.equal(theirs[key].to(ours[key]), ours[key]) for key in ours)
+    if kind == "video":
+        assert "names of diffusers' Wan" in report.text()
+        with pytest.raises(StrettoError, match="ComfyUI's own loader does not read; choose 'automatic'"):
+            comfy_quantization.load_diffusion_model(str(base / "mine"), loader=comfy_quantization.CORE)
+    shutil.copytree(base / "mine" / "transformer", base / "mine" / "transformer_2")
+    with pytest.raises(StrettoError, match="transformer and transformer_2; name the folder of the one network"):
+        quantize(base / "mine", tmp_path / "two.safetensors")
