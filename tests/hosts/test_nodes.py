@@ -42,6 +42,11 @@ def test_ids_and_input_order_are_for_ever(nodes):
     assert inputs["StrettoFrameSchedule"] == [
         "images", "vae", "mode", "keep", "half", "quarter", "rates", "coding", "restore", "slowest",
     ]
+    assert inputs["StrettoLoadDiffusersPipeline"][:4] == ["folder", "dtype", "download", "hub_id"]
+    assert inputs["StrettoDiffusersSample"][:12] == [
+        "model", "prompt", "negative_prompt", "width", "height", "frames", "steps", "cfg", "seed", "batch", "positive",
+        "negative",
+    ]
     assert inputs["StrettoCacheSchedule"][:4] == ["model", "schedule", "forecaster", "required"]
 
 

@@ -226,3 +226,26 @@ def test_charts_of_our_own_nodes_are_not_the_picture():
         "3": {"images": [{"filename": "c.webm"}], "animated": [True]},
     }
     assert [image["filename"] for image in arms.pictures_of(api, outputs)] == ["a.png", "b.png"]
+
+
+def test_a_pipeline_of_diffusers_is_measured_like_a_model():
+    api = {
+        "1": {"class_type": "StrettoLoadDiffusersPipeline", "inputs": {"folder": "x"}},
+        "2": {"class_type": "StrettoCache", "inputs": {"model": ["1", 0], "method": "Taylor"}},
+        "3": {
+            "class_type": "StrettoDiffusersSample",
+            "inputs": {"model": ["2", 0], "prompt": "a cat", "seed": 1, "steps": 28, "batch": 1, "cfg": 5.0},
+        },
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "x"}},
+    }
+    assert arms.accelerators(api) == ["StrettoCache"]
+    plain = arms.plain(api)
+    assert "2" not in plain and plain["3"]["inputs"]["model"] == ["1", 0]
+    edited = arms.set_batch(arms.set_steps(arms.set_seed(arms.set_prompt(api, "noto bus"), 99), 12), 4)
+    assert (arms.get_prompt(edited), arms.get_seed(edited), arms.get_steps(edited), arms.get_batch(edited)) == (
+        "noto bus", 99, 12, 4,
+    )  # fmt: skip
+    measured = arms.ensure_measure(arms.prepare(plain), 5)
+    assert measured["3"]["inputs"]["model"] == ["measure-3", 0] and measured["measure-3"]["inputs"]["model"] == ["1", 0]
+    with pytest.raises(WorkflowError, match="cannot be bypassed"):
+        arms.bypass(api, ["StrettoDiffusersSample"])

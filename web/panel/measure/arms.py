@@ -18,14 +18,9 @@ from .errors import WorkflowError
 
 Api = dict[str, dict[str, Any]]
 
-SAMPLERS = (
-    "KSampler",
-    "KSamplerAdvanced",
-    "SamplerCustom",
-    "SamplerCustomAdvanced",
-    "StrettoDynamicFrameRate",
-    "StrettoDiffusersSample",
-)
+# This pack's KSampler for pipelines of diffusers: it samples as it is told, and is nothing to bypass.
+DIFFUSERS = "StrettoDiffusersSample"
+SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced", "StrettoDynamicFrameRate", DIFFUSERS)
 # This pack's nodes that sample themselves and what makes them sample plainly, to the bit (layers may be a probe's link).
 SWITCHED_OFF = {"StrettoDynamicFrameRate": {"keep": 100.0, "layers": "auto"}}
 # Nodes of this pack that take a MODEL to examine it and give none.
@@ -193,7 +188,7 @@ def _step_holders(api: Api) -> list[tuple[str, str] | None]:
 
 
 def _batch_holders(api: Api) -> list[tuple[str, str] | None]:
-    return [_holder(api, key, ("batch_size",), ("latent_image",)) for key in sampler_ids(api)]
+    return [_holder(api, key, ("batch_size", "batch"), ("latent_image",)) for key in sampler_ids(api)]
 
 
 def _read(api: Api, holders: Iterable[tuple[str, str] | None]) -> Any:
@@ -292,7 +287,7 @@ def accelerator_ids(api: Api) -> list[str]:
         key
         for key, node in api.items()
         if node["class_type"].startswith(PREFIX)
-        and node["class_type"] not in (MEASURE, *PROBES)
+        and node["class_type"] not in (MEASURE, DIFFUSERS, *PROBES)
         and is_link(node.get("inputs", {}).get("model"))
         and not _switched_off(node)
     ]
@@ -318,7 +313,7 @@ def bypass_ids(api: Api, ids: Iterable[str]) -> Api:
         source, name = edited[key].get("inputs", {}).get("model"), f"{edited[key]['class_type']} (node {key})"
         if not is_link(source):
             raise WorkflowError(f"{name} has no MODEL input, so it cannot be bypassed.")
-        if edited[key]["class_type"] in (*SWITCHED_OFF, *PROBES, SECOND_PASS):
+        if edited[key]["class_type"] in (*SWITCHED_OFF, *PROBES, SECOND_PASS, DIFFUSERS):
             raise WorkflowError(f"{name} gives more than a MODEL, so it cannot be bypassed.")
         del edited[key]
         for node in edited.values():
