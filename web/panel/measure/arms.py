@@ -287,14 +287,16 @@ def accelerator_ids(api: Api) -> list[str]:
         key
         for key, node in api.items()
         if node["class_type"].startswith(PREFIX)
-        and node["class_type"] not in (MEASURE, DIFFUSERS, *PROBES)
+        and node["class_type"] not in (MEASURE, *PROBES)
         and is_link(node.get("inputs", {}).get("model"))
         and not _switched_off(node)
     ]
 
 
 def _switched_off(node: dict[str, Any]) -> bool:
-    return node["class_type"] in SWITCHED_OFF and node["inputs"].get("keep") == 100
+    """Whether a node that samples does so plainly, as that for pipelines of diffusers always does."""
+    switched = node["class_type"] in SWITCHED_OFF and node["inputs"].get("keep") == 100
+    return switched or node["class_type"] == DIFFUSERS
 
 
 def bypass(api: Api, class_types: Iterable[str]) -> Api:
