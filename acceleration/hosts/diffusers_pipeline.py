@@ -25,6 +25,11 @@ _MASKS = {"prompt_attention_mask": "prompt_embeds", "negative_prompt_attention_m
           "prompt_embeds_mask": "prompt_embeds", "negative_prompt_embeds_mask": "negative_prompt_embeds"}  # fmt: skip
 
 
+#: How configurations of transformers call the width of text, and of pooled text.
+_TEXT_WIDTHS = ("caption_channels", "joint_attention_dim", "text_dim", "text_embed_dim", "cap_feat_dim")
+_POOLED_WIDTHS = ("pooled_projection_dim",)
+
+
 class WrongLinkError(StrettoError, AttributeError):
     """A pipeline was connected to a node that takes ComfyUI's own models."""
 
@@ -137,6 +142,8 @@ def run_pipeline(
         documents = run.traces if link.plan.requests else []
         for document in documents:
             traces.add(*ids, {**document, "seed": settings.seed, "outcome": _outcome(document, outcome)})
+    if not latents:  # a VAE that is not called by its name; the link to a report must still carry something
+        latents.append(torch.zeros(1, 4, settings.height // 8, settings.width // 8))
     device = comfy.model_management.intermediate_device()
     return pictures_of(made).to(device), torch.cat(latents).float().to(device)
 
@@ -273,15 +280,26 @@ def _embedded(pipeline: Any, settings: Sampling, takes: set[str], device: torch.
                 f"Stretto Diffusers Sample: {len(conditioning)} conditionings are combined; a pipeline takes one"
             )
         text, more = conditioning[0]
-        pooled = "negative_pooled_prompt_embeds" if prefix else "pooled_prompt_embeds"
-        for name, tensor in ((f"{prefix}prompt_embeds", text), (pooled, more.get("pooled_output"))):
-            if tensor is not None:
+        pooled = more.get("pooled_output")
+        parts = ((f"{prefix}prompt_embeds", text, _TEXT_WIDTHS), (f"{prefix}pooled_prompt_embeds", pooled, _POOLED_WIDTHS))
+        for name, tensor, widths in parts:
+            if tensor is not None and name in takes:
+                _refuse_width(pipeline, tensor, widths)
                 repeated = tensor.repeat(settings.batch, *[1] * (tensor.ndim - 1))
                 wanted[name] = repeated.to(device=device, dtype=dtype)
     for mask, of in _MASKS.items():
         if of in wanted:
             wanted[mask] = torch.ones(wanted[of].shape[:2], dtype=torch.long, device=device)
     return wanted
+
+
+def _refuse_width(pipeline: Any, tensor: torch.Tensor, names: tuple[str, ...]) -> None:
+    wanted = next((pipeline.transformer.config[name] for name in names if pipeline.transformer.config.get(name)), None)
+    if wanted is not None and tensor.shape[-1] != wanted:
+        raise StrettoError(
+            f"{_name(pipeline)}: the conditioning is for another model: its text is {tensor.shape[-1]} numbers wide, and this "
+            f"model reads {wanted}"
+        )
 
 
 def _name(pipeline: Any) -> str:

@@ -211,6 +211,9 @@ def test_what_a_pipeline_refuses_is_told_in_its_words(links, text):
         nodes.StrettoDiffusersSample.execute(links["image"], "", "", 64, 64, 1, 4, 5.0, 1, 1, None, both[1])
     with pytest.raises(StrettoError, match="2 conditionings are combined"):
         nodes.StrettoDiffusersSample.execute(links["image"], "", "", 64, 64, 1, 4, 5.0, 1, 1, both[0] * 2, both[1])
+    other = text("a", "video"), text("", "video")
+    with pytest.raises(StrettoError, match="its text is 4096 numbers wide, and this model reads 384"):
+        nodes.StrettoDiffusersSample.execute(links["image"], "", "", 64, 64, 1, 4, 5.0, 1, 1, *other)
     with pytest.raises(StrettoError, match="draws classes, not words: dragon"):
         nodes.StrettoDiffusersSample.execute(Pipeline(pipeline_of("dit")), "cat 1, dragon", "", 64, 64, 1, 4, 5.0, 1)
     assert "forward" not in links["image"].pipeline.transformer.__dict__
