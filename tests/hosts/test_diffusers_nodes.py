@@ -499,3 +499,32 @@ def test_quantizer_and_loader_take_folders_of_diffusers(base, folders, kind, tmp
     shutil.copytree(base / "mine" / "transformer", base / "mine" / "transformer_2")
     with pytest.raises(StrettoError, match="transformer and transformer_2; name the folder of the one network"):
         quantize(base / "mine", tmp_path / "two.safetensors")
+
+
+def test_a_pipeline_with_text_encoders_reads_words(tmp_path):
+    """Saved by diffusers itself, shards included; loaded here; the same pictures from the same words."""
+    import tokenizers
+    import transformers
+
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "cat": 4, "bus": 5}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made = pipeline_of("pixart")
+    config = transformers.T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    made.register_modules(
+        tokenizer=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ),
+        text_encoder=transformers.T5EncoderModel(config).eval(),
+    )
+    made.save_pretrained(tmp_path / "words", max_shard_size="40KB")
+    found = check_folder(tmp_path / "words")
+    assert len(found.components["transformer"].headers) > 1 and found.components["text_encoder"].library == "transformers"
+    link = Pipeline(loading.load_pipeline(found))
+    sampled = [
+        nodes.StrettoDiffusersSample.execute(each, prompt, "", 64, 64, 1, 3, 4.0, 1).result[0]
+        for each, prompt in ((link, "a cat"), (Pipeline(made), "a cat"), (link, "a bus"))
+    ]
+    assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
+    held = [entry.model for entry in comfy.model_management.current_loaded_models]
+    assert any(link.residents.patchers["text_encoder"] is each for each in held)
