@@ -15,6 +15,7 @@ README quotes are measured with `--full`, which takes hours, and replaced by `--
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -114,7 +115,10 @@ def main() -> int:
         print(error.args[0], file=sys.stderr)
         return 2
     runner = Runner(folder_of(args, size), size, LONGEST[size], lambda line: print(line, flush=True))
+    if args.resume and not args.only and not args.all:
+        suites = named(runner.state.get("wanted"))
     print(f"{size} run in {runner.folder}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside, it ends its script too
     try:
         good = runner.run(suites)
     except KeyboardInterrupt:

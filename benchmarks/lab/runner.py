@@ -45,6 +45,8 @@ class Runner:
         Raises:
             KeyboardInterrupt: after what was running has been ended and noted.
         """
+        self.state["wanted"] = [suite.name for suite in suites]
+        self._save()
         todo = [suite for suite in suites if self.status(suite) != FINISHED]
         for suite in suites:
             if suite not in todo:
