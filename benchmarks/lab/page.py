@@ -48,8 +48,9 @@ def page(results: dict[str, dict], usual: dict[str, dict], state: dict | None) -
             shown.add(name)
             parts += _result(suite, name, results.get(name), usual.get(name))
     rest = [name for name in results if name not in shown]
-    if rest:
-        parts += ["## Other files", "\n".join(f"- [{name}.json]({name}.json)" for name in rest)]
+    parts += ["## Other files"] if rest else []
+    for name in rest:
+        parts += [f"### [{name}.json]({name}.json)", *map(_shown, tables_of(name, results[name]))]
     return "\n\n".join(parts) + "\n"
 
 

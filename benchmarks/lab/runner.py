@@ -75,7 +75,9 @@ class Runner:
         jobs = [job for job in suite.jobs if job.arguments(self.size) is not None]
         there = [job for job in jobs if job.is_there()]
         status, reason = FINISHED, ""
-        if not there:
+        if not jobs:
+            reason = f"the {self.size} size leaves it out"
+        elif not there:
             status, reason = ABSENT, f"benchmarks/{jobs[0].script}.py is not there"
         limit = min(started + suite.limit(self.size), self.ends)
         for job in there:

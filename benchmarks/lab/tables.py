@@ -346,6 +346,23 @@ def prediction(doc: dict) -> list[Table]:
     return [Table("", head, rows)]
 
 
+def comparison(doc: dict) -> list[Table]:
+    """A comparison of workflows on a server, a report@1 document."""
+    rows = []
+    for arm in doc["arms"]:
+        gain = arm["ratio"]["sampler"]
+        spread = f"{gain['low']:.2f} to {gain['high']:.2f}" if gain else ""
+        computed = f"{arm['calls']['computed']:.3g} of {arm['steps']}"
+        rows.append([arm["label"], computed, times(gain["median"] if gain else None), spread, str(arm["runs"])])
+    head = ("Arm", "Computed", "Speed", "Interval of the median", "Runs")
+    return [Table(f"`{doc['command']}`, {doc['created'][:10]}, batch {doc['settings']['batch']}", head, rows)]
+
+
+def nothing(doc: dict) -> list[Table]:
+    """Masks and weights, no figures of a benchmark."""
+    return []
+
+
 def generic(doc: dict) -> list[Table]:
     """Any list or dictionary of flat rows, as it stands."""
     tables = []
@@ -374,7 +391,9 @@ TABLES: dict[str, Callable[[dict], list[Table]]] = {
     "caching-image": caching, "caching-video": caching, "calibrated-image": calibrated, "diffusers_host": diffusers,
     "region": region, "sparse-kernel-cpu": sparse_kernel, "sparse-attention": sparse_attention,
     "attention-search": attention_search, "guidance-resolution": guidance, "frame-rate": frame_rate,
-    "quantization": quantization, "weights": weights, "overhead": overhead, "prediction": prediction,
+    "demo-image-batch-1": comparison, "demo-image-batch-8": comparison, "demo-video-batch-1": comparison,
+    "fitted-image": nothing, "fitted-video": nothing, "quantization": quantization, "weights": weights,
+    "overhead": overhead, "prediction": prediction,
 }  # fmt: skip
 
 
