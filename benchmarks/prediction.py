@@ -79,7 +79,8 @@ def measure(shape: str, rounds: int) -> dict:
                 figures["counted"].append(counted_product(counted))
                 figures["measured"].append(plain / taken)
             print(f"  {shape}: {number + 1} of {rounds} rounds", flush=True)
-    return {"model": f"demo {which}", "latent": list(size), "arms": {name: row(figures) for name, figures in found.items()}}
+    lines = {name: row(figures) for name, figures in found.items()}
+    return {"model": f"demo {which}", "latent": list(size), "rounds": rounds, "arms": lines}
 
 
 def counted_product(factors: dict[str, float]) -> float:
