@@ -42,6 +42,11 @@ def times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
 
 
+def share(value: float | None) -> str:
+    """Return a share in percent, nothing where it was not measured."""
+    return "" if value is None else f"{value:.0%}"
+
+
 def rival(rows: dict[str, dict], calls: float, key: str) -> float:
     """Return what plain sampling with as many network calls gives, between the two nearest step counts."""
     points = sorted((row["calls"], row[key]) for name, row in rows.items() if re.fullmatch(r"plain|\d+ steps", name))
@@ -171,17 +176,17 @@ def sparse_attention(doc: dict) -> list[Table]:
     tables = []
     if quality := doc.get("quality"):
         rows = [
-            [name, "" if row["kept"] is None else f"{row['kept']:.0%}", decibels(row["psnr_mean"], row["psnr_worst"])]
-            for name, row in quality.items() if row["psnr_mean"] is not None
+            [name, share(row.get("kept")), decibels(row["psnr_mean"], row["psnr_worst"])]
+            for name, row in quality.items() if row.get("psnr_mean") is not None
         ]  # fmt: skip
         tables.append(Table("80 tokens", ("Arm", "Kept", "PSNR to plain, mean / worst"), rows))
     if speed := doc.get("speed"):
         rows = []
         for name, row in speed.items():
-            step = times(row["full_step"] / row["sparse_step"]) if row["full_step"] else ""
-            off = "" if row["relative_l2"] is None else f"{row['relative_l2']:.3f}"
-            spread = " to ".join(f"{v:.2f}" for v in row["sparse_step_spread"] or ())
-            rows.append([name, f"{row['kept']:.0%}", off, step, spread])
+            step = times(row["full_step"] / row["sparse_step"]) if row.get("full_step") else ""
+            off = "" if row.get("relative_l2") is None else f"{row['relative_l2']:.3f}"
+            spread = " to ".join(f"{v:.2f}" for v in row.get("sparse_step_spread") or ())
+            rows.append([name, share(row.get("kept")), off, step, spread])
         tables.append(Table("5,120 tokens", ("Method", "Kept", "Off (relative L2)", "Step", "Seconds of a step"), rows))
     return tables
 
