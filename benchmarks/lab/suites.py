@@ -105,7 +105,7 @@ SUITES = (
         4,
         (
             Job("attention_search", "attention-search", "--side 256 --steps 14 --count 2 --extra-seeds 0 --uniform",
-                "--side 128 --steps 8 --count 1 --extra-seeds 0 --tries 3 --target 25 --methods Sparse-vDiT",
+                "--side 240 --steps 6 --count 1 --extra-seeds 0 --tries 2 --target 25 --methods Sparse-vDiT",
                 "--side 64 --steps 4 --count 1 --extra-seeds 0 --tries 1 --methods Sparse-vDiT --no-schedules"),
         ),
         "2000 and on",
