@@ -43,6 +43,10 @@ def _modulations(pick) -> float:
     return pick(row["table_bytes"] for row in at("weights/table") if row["what"] == "modulations") / 1e6
 
 
+def _predictions() -> list[dict]:
+    return [row for part in at("prediction/shapes").values() for row in part["arms"].values()]
+
+
 def _scaled(path: str, factor: float):
     return lambda: factor * at(path)
 
@@ -60,6 +64,9 @@ CLAIMS = [
            "overhead/sizes/demo/rows/engaged: TeaCache/median_us",
            lambda: _overhead("large", "engaged", "median_percent", min),
            lambda: _overhead("large", "engaged", "median_percent", max))),
+    Claim(README, "{} of {} predictions on the demo models were within {:.0f} % of what was measured, the worst {:.0f} % off", (
+        lambda: sum(row["goal_reached"] for row in _predictions()), lambda: len(_predictions()), _scaled("prediction/goal", 100),
+        lambda: 100 * max(abs(row["error"]) for row in _predictions()))),
     Claim(README, "at equal work ({:.0f} % of the tokens, {} held-out prompts", (
         _scaled("region/guard/corrected, ratio 0.5/work", 100), "region/guard/corrected, ratio 0.5/prompts")),
     Claim(README, "with a guard that works, give {:.1f} dB to the plain run; the published code's choice, whose guard works "

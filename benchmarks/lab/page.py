@@ -106,10 +106,12 @@ def _provenance(job: Job, document: dict) -> str:
             f"`{_command(job)}`  \nMachine: {words or 'not recorded'}. This file is older than the lab: its date and the options "
             "it was made with were not recorded."
         )
+    taken = f"{stamp['seconds']:.0f} s, " if stamp.get("seconds") else ""
     words = (
-        f"`{stamp['command']}`  \n{stamp['date'][:10]}, {stamp['seconds']:.0f} s, {_machine(stamp['machine'])}. "
+        f"`{stamp['command']}`  \n{stamp['date'][:10]}, {taken}{_machine(stamp['machine'])}. "
         f"Seeds: {stamp['seeds']}."
     )
+    words += f" Note: {stamp['note']}." if stamp.get("note") else ""
     return words if stamp["complete"] else f"{words} **Not complete.**"
 
 
