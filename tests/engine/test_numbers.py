@@ -79,6 +79,18 @@ def test_the_front_is_what_nothing_beats_in_both():
     assert [point.name for point in chart.front(found)] == ["a", "d"]
 
 
+def test_a_page_is_made_of_whatever_was_measured():
+    text = page.page({}, {}, None)
+    assert text.count("not measured yet") == len([job for suite in suites.SUITES for job in suite.jobs])
+    part = {"quality": {"20 steps": {"psnr_mean": 40.0, "psnr_worst": 39.0}}, "speed": {"SLA": {"kept": 0.25}}}
+    region = {"status": "failed", "seconds": 6, "reason": "R"}
+    state = {"started": "2026-01-01", "machine": {"cpu": "one"}, "suites": {"region": region}}
+    stamp = {"command": "C", "date": "2026-01-01", "seconds": 1, "machine": {"cpu": "one"}, "seeds": "S", "complete": False}
+    text = page.page({}, {"sparse-attention": {**part, "lab": stamp}}, state)
+    assert "| 20 steps |  | 40.0 / 39.0 dB |" in text and "**Not complete.**" in text
+    assert "| region | failed | 0.1 min | R |" in text
+
+
 def test_fewer_steps_are_read_between_their_neighbours():
     rows = {f"{calls} steps": {"calls": calls, "psnr": value} for calls, value in ((10, 30.0), (20, 40.0))}
     rows["plain"] = {"calls": 28, "psnr": math.inf}
