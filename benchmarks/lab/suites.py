@@ -128,9 +128,9 @@ SUITES = (
     Suite(
         "quantization",
         "Quantization",
-        4,
+        6,
         (
-            Job("quantization", "quantization", "--prompts 12", "--prompts 2 --steps 20 --parts quality products",
+            Job("quantization", "quantization", "--prompts 12", "--prompts 1 --steps 20 --parts quality products",
                 "--prompts 1 --steps 4 --parts products"),
         ),
         "one per prompt",
@@ -140,7 +140,7 @@ SUITES = (
     Suite(
         "frame-rate",
         "Dynamic frame rate",
-        4,
+        3,
         (
             Job("frame_rate", "frame-rate", "", "--parts schedule sampler --sides 128 --pairs 1", "--parts schedule"),
         ),
@@ -163,7 +163,7 @@ SUITES = (
     Suite(
         "weights",
         "Weights that need not be there",
-        3,
+        2,
         (Job("weights", "weights", "", "--parts table features vocabulary", "--parts table"),),
         "7",
         ("the same models with all their weights",),
