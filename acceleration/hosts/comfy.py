@@ -455,6 +455,6 @@ def _fingerprint(patches: dict[str, Any], dit: dict[Any, Any], ours: dict[Any, _
 
 def _prediction(model_sampling: Any, sigma: torch.Tensor, denoised: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Invert ``calculate_denoised``, which is affine in the network's output for every parametrisation."""
-    zero = torch.zeros_like(x)
-    gain = model_sampling.calculate_denoised(sigma, torch.ones_like(x), zero)
+    zero = x.new_zeros(x.shape[0], *(1,) * (x.ndim - 1))  # the gain is one number per row
+    gain = model_sampling.calculate_denoised(sigma, torch.ones_like(zero), zero)
     return (denoised - model_sampling.calculate_denoised(sigma, zero, x)) / gain

@@ -44,10 +44,11 @@ def unpack(packed: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
     if packed.shape[-1] != expected:
         raise ValueError(f"rows of {packed.shape[-1]} bytes; {columns} codes of {bits} bits take {expected}")
     packed = packed.view(torch.uint8)
-    low = packed[:, : columns // 2]
-    codes = torch.stack([low & 15, low >> 4], -1).view(packed.shape[0], columns)
+    # Two codes as one number of 16 bits (four as one of 32), as in pack().
+    pairs = packed[:, : columns // 2].to(torch.int16, memory_format=torch.contiguous_format)
+    codes = ((pairs & 15) | ((pairs & 0xF0) << 4)).view(torch.uint8)
     if bits == 6:
-        high = packed[:, columns // 2 :]
-        top = torch.stack([high & 3, (high >> 2) & 3, (high >> 4) & 3, high >> 6], -1).view(packed.shape[0], columns)
-        codes = codes | (top << 4)
+        high = packed[:, columns // 2 :].to(torch.int32, memory_format=torch.contiguous_format)
+        top = ((high & 3) << 4) | ((high & 0x0C) << 10) | ((high & 0x30) << 16) | ((high & 0xC0) << 22)
+        codes |= top.view(torch.uint8)
     return codes

@@ -133,8 +133,10 @@ class Grid(Layout):
 
     def _int8(self, packed: torch.Tensor, relative: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
         rows, groups = relative.shape
-        codes = unpack(packed, groups * self.group, self.bits)
-        values = codes.float().sub_(1 << (self.bits - 1)) if table is None else _pick(table, codes.int())
+        if table is None:
+            values = unpack(packed, groups * self.group, self.bits).float().sub_(1 << (self.bits - 1))
+        else:
+            values = _pick(_pairs(table), packed.view(torch.uint8).int()).view(torch.float32)
         grid = values.view(rows, groups, self.group).mul_(relative.float().unsqueeze(-1)).round_().clamp_(-LIMIT, LIMIT)
         return grid.view(rows, -1).to(torch.int8)
 
@@ -239,6 +241,12 @@ class _Levels:
 
 def _ticks(ratio: torch.Tensor) -> torch.Tensor:
     return ratio.add_(1).mul_(_FINE).round_().clamp_(0, 2 * _FINE).int()
+
+
+def _pairs(table: torch.Tensor) -> torch.Tensor:
+    """Return both levels of every byte of two 4-bit codes, [256], as one number of 64 bits: one look-up for two levels."""
+    codes = unpack(torch.arange(256, dtype=torch.uint8, device=table.device).view(-1, 1), 2, 4)
+    return table[codes.int()].view(torch.int64).view(-1)
 
 
 def _pick(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
