@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,10 +135,9 @@ SIZES = {
 }
 
 
-def arms_of(model) -> dict[str, object]:
-    """Return every arm by its name: MODELs that skip nothing."""
-    from stretto.acceleration.hosts import comfy as host
-    from stretto.acceleration.plan import Request
+def arms_of(model, pack: str = "stretto") -> dict[str, object]:
+    """Return every arm by its name: MODELs that skip nothing. ``pack`` is the name under which the pack was imported."""
+    host, Request = import_module(f"{pack}.acceleration.hosts.comfy"), import_module(f"{pack}.acceleration.plan").Request
 
     def engaged(method: str, **settings):
         return host.request(model, Request("cache", {"method": method, **settings}, force=True))
@@ -155,13 +155,12 @@ def arms_of(model) -> dict[str, object]:
 
 
 @contextmanager
-def block_overhead() -> Iterator[Callable[[], float]]:
+def block_overhead(pack: str = "stretto") -> Iterator[Callable[[], float]]:
     """Clock what our block hooks add to the blocks; the value read is the seconds since the last reading.
 
     The trace's own figure covers the wrappers around network calls, and takes the hooks inside them for the network.
     """
-    from stretto.acceleration.run import RunState
-
+    RunState = import_module(f"{pack}.acceleration.run").RunState
     spent, hook = 0.0, RunState.block
 
     def timed(self, call, site, args, original):
@@ -191,15 +190,14 @@ def block_overhead() -> Iterator[Callable[[], float]]:
         RunState.block = hook
 
 
-def measure(model, pair, size: Size, runs: int) -> tuple[list[float], list[float]]:
+def measure(model, pair, size: Size, runs: int, pack: str = "stretto") -> tuple[list[float], list[float]]:
     """Return seconds of overhead per evaluation, and the same over a step without it, of ``runs`` runs after a warm-up."""
     import comfy.sample
     import torch
 
-    from stretto.acceleration.hosts.comfy import TRACES
-
+    traces = import_module(f"{pack}.acceleration.hosts.comfy").TRACES
     overheads, shares = [], []
-    with block_overhead() as in_blocks:
+    with block_overhead(pack) as in_blocks:
         for run in range(runs + 1):
             latent = torch.zeros(1, *size.latent)
             noise = comfy.sample.prepare_noise(latent, run)
@@ -207,7 +205,7 @@ def measure(model, pair, size: Size, runs: int) -> tuple[list[float], list[float
             comfy.sample.sample(
                 model, noise, size.steps, 5.0, "euler", "simple", *pair, latent, disable_pbar=True, seed=run
             )
-            trace = TRACES.of_prompt(None)[-1]
+            trace = traces.of_prompt(None)[-1]
             assert trace["totals"]["computed"] == size.steps, "this benchmark is about runs that skip nothing"
             overhead = (trace["seconds"]["overhead"] + in_blocks()) / size.steps
             step = statistics.median(entry["seconds"] for entry in trace["evaluations"])
