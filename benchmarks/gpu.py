@@ -157,7 +157,7 @@ def go(args: argparse.Namespace, parts: tuple[Part, ...]) -> int:
             print(f"[{number}/{len(parts)}] {part.name}: done before", flush=True)
             continue
         left = args.limit - (time.monotonic() - started) if args.limit else part.limit
-        if left < 20:
+        if args.limit and left < 20:
             book["parts"].setdefault(part.name, {"status": NOT_RUN})
             print(f"[{number}/{len(parts)}] {part.name}: no time left; --resume goes on", flush=True)
             continue
