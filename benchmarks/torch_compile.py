@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, default=ROOT / ".comfyui")
     parser.add_argument("--family", choices=SHAPES, default="wan-1.3b")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", nargs="+", help="names of techniques")
+    parser.add_argument("--only", nargs="+", help="names of techniques; rows of others in the file stay")
     parser.add_argument("--timed", nargs="*", default=list(TIMED), help="techniques whose time is taken with the whole compiler")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "torch-compile.json")
     args = parser.parse_args()
@@ -230,7 +230,12 @@ def main() -> None:
     }  # fmt: skip
     head = {"machine": machine, "family": args.family, "steps": STEPS, "blocks": DEPTH, "compiler_left_out": missing}
 
+    before = json.loads(args.out.read_text(encoding="utf-8")) if args.only and args.out.is_file() else {}
+    old = before.get("rows", ()) if before.get("machine") == machine else ()
+    kept = [row for row in old if row["technique"] not in args.only]
+
     def save(rows: list) -> None:
+        rows = [*kept, *rows]
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

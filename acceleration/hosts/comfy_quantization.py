@@ -475,6 +475,10 @@ def quantized_operations(
             def forward_comfy_cast_weights(self, input):
                 if self.stretto_state is None:
                     return super().forward_comfy_cast_weights(input)
+                return self.stretto_product(input)
+
+            @torch.compiler.disable  # a compiler cannot take bytes for numbers, nor measure which product is fastest
+            def stretto_product(self, input):
                 weight, bias, stream = comfy.ops.cast_bias_weight(
                     self, input, dtype=self.weight.dtype, bias_dtype=input.dtype, offloadable=True
                 )

@@ -27,7 +27,7 @@ from ..sampling import SamplerTraits, schedule_of
 from .device import free_memory
 from .diffusers_attention import attend
 from .diffusers_levels import Levels, given_levels, levels_of, place, scheduler_traits
-from .diffusers_plan import as_reachable, foreign_cache, parameters, resolve_here
+from .diffusers_plan import COMPILED, as_reachable, foreign_cache, parameters, resolve_here
 from .diffusers_run import Asked, Run
 from .trace_store import TraceStore
 
@@ -167,7 +167,7 @@ class _Attachment:
 
     def attach(self) -> None:
         """Wrap the transformer's ``forward``; blocks follow when a run needs them."""
-        if getattr(self.network.__dict__.get("forward"), "stretto", False):
+        if any(getattr(self.network.__dict__.get(name), "stretto", False) for name in ("forward", COMPILED)):
             raise ConflictError(
                 f"accelerate: this {type(self.network).__name__} is already accelerated; leave the other `with` first, "
                 "or put all requests into one plan"
@@ -192,23 +192,28 @@ class _Attachment:
                 self._restore.pop()()
 
     def _wrap(self, module: torch.nn.Module, around: Callable) -> None:
-        """Put ``around(original, args, kwargs)`` in the place of an instance's ``forward``, reversibly."""
-        own, original = module.__dict__.get("forward"), module.forward
+        """Put ``around(original, args, kwargs)`` in the place of an instance's ``forward``, reversibly.
 
+        A module that is compiled already stays whole: what it was compiled to is wrapped, not what went into its graphs.
+        """
+        name = "forward" if getattr(module, COMPILED, None) is None else COMPILED
+        own, original = module.__dict__.get(name), getattr(module, name)
+
+        @torch.compiler.disable
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             return around(original, args, kwargs) if self._active else original(*args, **kwargs)
 
         forward.stretto = True
-        module.forward = forward
+        setattr(module, name, forward)
 
         def restore() -> None:
-            if module.__dict__.get("forward") is not forward:
+            if module.__dict__.get(name) is not forward:
                 return  # somebody has wrapped ours since; it passes straight through from now on
             if own is None:
-                del module.forward
+                delattr(module, name)
             else:
-                module.forward = own
+                setattr(module, name, own)
 
         self._restore.append(restore)
 

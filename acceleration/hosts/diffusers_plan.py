@@ -12,6 +12,8 @@ from ..models.diffusers import PACKED, TRANSFORMERS, LatentDescriptor, Transform
 from ..plan import Plan, Request
 from ..resolve import Execution, resolve
 
+#: Where a module keeps what ``module.compile()`` made of it.
+COMPILED = "_compiled_call_impl"
 #: Techniques that act inside attention.
 ATTENTION = ("attention", "attention_plan")
 #: Techniques that work here.
@@ -98,7 +100,7 @@ def as_reachable(known: Transformer | None, network: Any) -> tuple[Transformer |
     if known is None:
         families = ", ".join(name for each in TRANSFORMERS for name in each.descriptor.networks)
         return None, f"the transformer {type(network).__name__} is not supported (supported: {families})"
-    if getattr(network, "_compiled_call_impl", None) is not None:
+    if getattr(network, COMPILED, None) is not None:
         return known, "the transformer is compiled as a whole: accelerate it first, or compile nothing"
     blocks = [block for _, name in known.descriptor.block_lists for block in getattr(network, name, ())]
     closed = ""
@@ -106,7 +108,7 @@ def as_reachable(known: Transformer | None, network: Any) -> tuple[Transformer |
         closed = "this version of diffusers has other blocks in it"
     elif any(("encoder_hidden_states" not in parameters(block)) for block in blocks if len(known.returns) > 1):
         closed = "this version of diffusers keeps picture and text in one stream"
-    elif any(getattr(inner, "_compiled_call_impl", None) is not None for block in blocks for inner in block.modules()):
+    elif any(getattr(inner, COMPILED, None) is not None for block in blocks for inner in block.modules()):
         closed = "its blocks are compiled one by one"
     elif any(_offloaded_in_groups(block) for block in blocks):
         closed = "its blocks are moved to the device in groups, one ahead of the other"

@@ -377,6 +377,23 @@ def test_compiled_blocks_leave_the_networks_output():
     assert "compiled as a whole" in off_reason(pipe)
 
 
+def test_a_transformer_compiled_as_a_whole_stays_one_graph():
+    pipe, graphs = loop("WanTransformer3DModel"), []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    pipe.transformer.compile(backend=backend)
+    compiled = pipe.transformer._compiled_call_impl
+    pipe()
+    made = len(graphs)
+    assert "compiled as a whole" in off_reason(pipe)
+    assert len(graphs) == made > 0 and pipe.transformer._compiled_call_impl is compiled
+    torch._dynamo.reset()
+
+
 def test_caches_of_diffusers_are_refused():
     pipe = loop("WanTransformer3DModel")
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(0.1))

@@ -89,3 +89,16 @@ def test_feature_tables_pass_by_a_compiled_network(tiny):
     model, _ = compiled(host.request(tiny("wan"), wanted))
     assert torch.equal(run(model), right)
     assert not any(item["reused"] for item in host.TRACES.of_prompt(None)[-1]["features"]["components"])
+
+
+def test_quantized_layers_are_left_outside_of_graphs(tiny):
+    """Their weights are bytes, which a compiler does not take for the numbers they hold."""
+    from stretto.acceleration.hosts.comfy_quantization import quantized_operations
+    from stretto.acceleration.quantization.layouts import fitting
+
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 0.02
+    packed = {"": (fitting("int8", 64, 256).quantize(weight), False)}
+    layer = quantized_operations(packed).Linear(256, 64, bias=False)
+    layer.load_state_dict({"weight": weight.to("meta")}, assign=True)
+    x = torch.randn(8, 256)
+    assert torch.equal(torch.compile(layer, backend="aot_eager")(x), layer(x))
