@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stretto.web.panel import views
+from stretto.web.panel import pairs
 from stretto.web.panel.measure import arms as edit
 from stretto.web.panel.measure import metrics
 from stretto.web.panel.measure.client import ComfyClient
@@ -21,7 +21,6 @@ from stretto.web.panel.measure.gallery import SHEET_FRAMES, clip_view, gallery
 from stretto.web.panel.measure.pictures import CLIP_SIDE, GUTTER, abreast, motion_uris, sheet_uri, shrunk, webp_bytes
 from stretto.web.panel.measure.report import read_report, render_html
 from stretto.web.panel.measure.table import columns
-from stretto.web.panel.session import State
 
 FRAMES = 5
 
@@ -243,10 +242,11 @@ def test_the_gallery_shows_all_arms_in_step(run, tmp_path):
 
 def test_the_panel_shows_the_pair_and_its_difference(run, tmp_path):
     report, _ = run()
-    (tmp_path / f"stretto-{tmp_path.name}.html").write_text("x", encoding="utf-8")
-    page = views.page_of(State(False, None, report, tmp_path))
-    assert not page.slider["visible"] and page.clip["visible"] and page.slider["value"] is None
-    assert page.clip["value"].count("data:image/webp") == 2 and "Difference" in page.clip["value"]
+    pair = pairs.first_pair(report)
+    cell = report["cells"][0]["index"]
+    assert pairs.slider(report, tmp_path, cell, pair) is None and pairs.maps(report, tmp_path, cell, pair) == ""
+    page = pairs.clips(report, tmp_path, cell, pair)
+    assert page.count("data:image/webp") == 2 and "Difference" in page
     view = clip_view(report, tmp_path, report["cells"][0], ("plain", "taylor-every-2-order-1"))
     assert view["width"] == 3 * 64 + 2 * GUTTER, "plain, accelerated, difference"
 
