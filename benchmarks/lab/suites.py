@@ -172,8 +172,10 @@ SUITES = (
         "stacks",
         "Stacks",
         5,
-        (Job("stacks", "stacks", "", "", "--quick"),),
-        "see the script",
+        (
+            Job("stacks", "stacks", "", "--parts image batch --count 2", "--parts image --count 1 --arms cache:.Fitted.8.*int8"),
+        ),
+        "1000 and on, one per prompt",
         (PLAIN,),
     ),
     Suite(
