@@ -21,6 +21,8 @@ from launch.installation import Installation, prepare
 from launch.pins import ROOT
 
 LOGS = ROOT / ".cache" / "logs"
+# Where the panel looks, so that what the demo measured can be opened there.
+HISTORY = ROOT / "report" / "panel" / "history.sqlite"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def compare(installation: Installation, url: str, show: Show) -> int:
     for workflow in show.workflows:
         command += ["--workflow", f"workflows/{workflow}"]
     command += ["--prompts", show.prompts, "--count", str(show.count), "--repeats", str(show.repeats)]
-    command += ["--out", str(show.report)]
+    command += ["--out", str(show.report), "--history", str(HISTORY)]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
