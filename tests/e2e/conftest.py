@@ -61,6 +61,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, broken_models: Path) -> Ite
     config = base / "extra.yaml"
     config.write_text(f"tests:\n  base_path: {broken_models.parent}\n  diffusion_models: {broken_models.name}\n")
     extra += ["--extra-model-paths-config", str(config)]
+    if frontend := os.environ.get("STRETTO_FRONTEND"):  # the static folder of another release of ComfyUI's frontend
+        extra += ["--front-end-root", frontend]
     port = free_port()
     child = start_comfyui(COMFYUI, Path(sys.executable), port, LOGS / "e2e-comfyui.log", extra)
     child.url = f"http://127.0.0.1:{port}"

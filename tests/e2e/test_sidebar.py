@@ -1,6 +1,7 @@
 """The sidebar in a real browser: the plan of the graph, a run's timeline, and the panel in a frame of it."""
 
 import json
+import re
 
 import pytest
 
@@ -88,9 +89,8 @@ def test_conflicts_are_named_where_two_nodes_share_a_model(sidebar):
 
 def test_a_run_appears_with_its_timeline(sidebar):
     sidebar.get_by_test_id("queue-button").click()
-    sidebar.locator(".stretto-run svg").first.wait_for(timeout=180_000)
-    run = sidebar.locator(".stretto-run")
-    assert f"{STEPS} steps" in run.inner_text()
+    run = sidebar.locator(".stretto-run").filter(has_text=f", {STEPS} steps")  # not the last run of another test
+    run.locator("svg").first.wait_for(timeout=180_000)
     assert run.locator("svg").first.locator("rect").count() == STEPS
     assert run.locator("rect.stretto-forecast").count() > 0
     sidebar.wait_for_function(TOLD)
@@ -134,3 +134,21 @@ def test_the_tab_can_be_put_away(sidebar):
     sidebar.evaluate(SET, ["Stretto.Sidebar.Show", True])
     button.first.wait_for()
     assert sidebar.script_errors == []
+
+
+def test_commands_settings_and_the_about_badge(editor):  # noqa: F811
+    """What the editor offers besides the tab: a command that opens it, settings in words, and the pack's name under About."""
+    editor.evaluate("() => window.app.extensionManager.command.execute('Stretto.ShowSidebar')")
+    editor.locator(".stretto-overview").wait_for()
+    editor.evaluate("() => window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
+    dialog = editor.get_by_role("dialog")
+    dialog.get_by_text("Stretto", exact=True).first.click()
+    for words in ("Show the Stretto tab in the sidebar", "Port of the A/B panel on this machine", "Where Compare now opens the panel"):
+        dialog.get_by_text(words).wait_for()
+    editor.wait_for_timeout(500)
+    editor.screenshot(path=SCREENSHOTS / "sidebar-settings.png")
+    dialog.get_by_text("About", exact=True).first.click()
+    dialog.get_by_text(re.compile(r"Stretto \d")).wait_for()
+    editor.wait_for_timeout(500)
+    editor.screenshot(path=SCREENSHOTS / "sidebar-about.png")
+    assert editor.script_errors == []

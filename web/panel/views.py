@@ -133,8 +133,7 @@ def headline(report: Report) -> str:
 
 def missing(report: Report) -> str:
     """Why metrics have no value."""
-    reasons = [(name, about.get("reason")) for name, about in (report.get("metrics") or {}).items()]
-    said = [f"{name.upper().replace('_', '-')}: {reason}" for name, reason in reasons if reason]
+    said = [about["reason"] for about in (report.get("metrics") or {}).values() if about.get("reason")]
     return "".join(f'<p class="note">{escape(sentence)}</p>' for sentence in said)
 
 

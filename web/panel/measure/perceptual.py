@@ -132,8 +132,8 @@ class Perceptual:
         return self._kept("vmaf", lambda: self._vmaf(folder, files, plain, rate))
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Say why a metric was not even tried."""
-        self._reasons.setdefault(name, reason)
+        """Say why a metric was not even tried; `reason` begins small and ends without a full stop."""
+        self._reasons.setdefault(name, f"{METRICS[name].title}: {reason}.")
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """What a report says about its metrics: whether each was measured, why not, and where it comes from."""
@@ -150,7 +150,7 @@ class Perceptual:
         try:
             value = measure()
         except NotMeasured as error:
-            self._reasons.setdefault(name, f"{METRICS[name].title}: {error}.")
+            self.leave_out(name, str(error))
             return None
         self._measured.add(name)
         return value

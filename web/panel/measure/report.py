@@ -58,7 +58,7 @@ def build_report(results: Results, scoring: Callable[[str, str], bool] = lambda 
     perceptual = Perceptual()
     cells = [_cell_entry(results, cell, runs, perceptual, scoring) for cell in results.cells]
     if not any("change_psnr" in scores for cell in cells for scores in cell["pictures"].values()):
-        perceptual.leave_out("vmaf", "VMAF: there were no clips.")
+        perceptual.leave_out("vmaf", "there were no clips")
     plain = runs.get("plain", [])
     arms = [
         arm_row(
@@ -103,7 +103,7 @@ def _cell_entry(
         slow = scoring(labels[name], cell.prompt)
         if not slow:
             for metric in SLOW:
-                perceptual.leave_out(metric, "Stopped before it was measured for every picture.")
+                perceptual.leave_out(metric, "stopped before it was measured for every picture")
         # Pictures of a reference are another run's by intention: how far they are from the plain ones says nothing more.
         pictures[name] = score_pictures(
             results.folder,
