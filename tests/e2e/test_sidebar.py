@@ -143,7 +143,7 @@ def test_commands_settings_and_the_about_badge(editor):  # noqa: F811
     editor.evaluate("() => window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
     dialog = editor.get_by_role("dialog")
     dialog.get_by_text("Stretto", exact=True).first.click()
-    for words in ("Show the Stretto tab in the sidebar", "Port of the A/B panel on this machine", "Where Compare now opens the panel"):
+    for words in ("Show the Stretto tab", "Port of the A/B panel", "Where Compare now opens the panel"):
         dialog.get_by_text(words).wait_for()
     editor.wait_for_timeout(500)
     editor.screenshot(path=SCREENSHOTS / "sidebar-settings.png")
