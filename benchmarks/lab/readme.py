@@ -88,12 +88,30 @@ def _diffusers() -> Table:
         "EasyCache 0.1": "EasyCache 0.1, ours", "Fitted, fast": "Fitted (fast), ours", "Taylor, every 4": "Taylor every 4, ours",
         "TaylorSeer hook, lite, every 4": "TaylorSeer of diffusers, lite, every 4",
         "cache-dit DBCache F1B0 0.2, TaylorSeer": "cache-dit DBCache F1B0 0.2 with TaylorSeer",
+        "cache-dit DBCache F1B0 0.2": "cache-dit DBCache F1B0 0.2",
+        "DBCache-Taylor 0.05": "DBCache-Taylor 0.05, ours", "DBCache-Taylor 0.1": "DBCache-Taylor 0.1, ours",
+        "DBCache-Taylor 0.2": "DBCache-Taylor 0.2, ours", "Adaptive 0.1": "Adaptive 0.1, ours",
+        "Guidance Periodic, every 2": "Guidance Saver every 2, ours", "Guidance Periodic, every 3": "Guidance Saver every 3, ours",
     }  # fmt: skip
     found = result("diffusers_host")["quality"]
     rows = [(found[name], shown) for name, shown in names.items()]
     rows.sort(key=lambda item: (-item[0]["calls"], -item[0]["psnr_mean"]))
     cells = [[f"{row['calls']:.3g}", shown, f"{row['psnr_mean']:.1f} dB", f"{row['psnr_worst']:.1f} dB"] for row, shown in rows]
     return Table("", ("Computed", "Arm", "PSNR", "Worst"), cells)
+
+
+def _diffusers_overhead() -> Table:
+    names = {
+        "Taylor": "Taylor, ours", "TaylorSeer hook, last block": "TaylorSeer of diffusers on the last block",
+        "FBCache": "FBCache, ours", "FirstBlockCache hook": "FirstBlockCache of diffusers", "EasyCache": "EasyCache, ours",
+        "MagCache hook": "MagCache of diffusers", "cache-dit DBCache F1B0": "cache-dit DBCache F1B0",
+    }  # fmt: skip
+    found = result("diffusers_host")["overhead"]
+    rows = [
+        [shown, f"{found[name]['us_per_step']:.0f}", " to ".join(f"{value:.0f}" for value in found[name]["quartiles"])]
+        for name, shown in names.items()
+    ]
+    return Table("", ("Arm", "Microseconds a step", "Quartiles"), rows)
 
 
 def _region() -> Table:
@@ -206,13 +224,31 @@ def _quantization() -> Table:
     return Table("", made.QUANTIZATION_HEAD, [["16 bit", "", "", "", f"{doc['cpu_seconds_16_bit']:.2f}"], *rows])
 
 
+STACK_HEAD = ("Arm", "Speed", "Product of its parts", "PSNR to plain, mean / worst")
+
+
+def _stacks(part: str) -> Table:
+    found = result("stacks")["parts"][part]["rows"]
+    rows = []
+    for name, row in found.items():
+        if name == "plain":
+            continue
+        product = times(row["product"]["processor"]) if "product" in row else ""
+        shown = f"**{name}**" if "product" in row else name
+        rows.append([shown, times(row["speedup_processor"]), product, decibels(row["psnr_mean"], row["psnr_worst"])])
+    return Table("", STACK_HEAD, rows)
+
+
 BLOCKS: dict[str, Callable[[], Table]] = {
     "caching-image": lambda: _plain_caching("image"),
     "caching-video": lambda: _plain_caching("video"),
     "caching-lengths": _lengths,
     "calibrated": lambda: Table("", made.CALIBRATED_HEAD, made.calibrated_rows(result("calibrated-image")["fitted"])),
     "diffusers": _diffusers,
+    "diffusers-overhead": _diffusers_overhead,
     "region": _region,
+    "stacks-batch": lambda: _stacks("batch"),
+    "stacks-wide": lambda: _stacks("wide"),
     "sparse-kernel": _kernel,
     "sparse-attention": _sparse_attention,
     "attention-search-1280": lambda: _search(1280),
