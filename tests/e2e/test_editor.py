@@ -89,7 +89,7 @@ def test_every_other_workflow_runs_from_the_canvas(editor, name):
         editor.wait_for_function(PLAYS_VIDEO, timeout=240_000)
     fit_and_shoot(editor, f"editor-{medium}-{kind}")
     if "StrettoReport" in types:
-        assert "in the sampler" in editor.evaluate(REPORT_TEXT), "the report's text is not on the node"
+        editor.wait_for_function(f"() => ({REPORT_TEXT})().includes('in the sampler')")
     assert editor.script_errors == []
 
 
