@@ -48,7 +48,7 @@ class Part:
     model: str
     latent: tuple[int, ...]
     arms: tuple[tuple[str, ...], ...]
-    fewer: tuple[int, ...] = (14, 10, 9, 8, 7)
+    fewer: tuple[int, ...] = (14, 12, 11, 10, 9, 8)
     prompts: int = 0  # at most; 0 for as many as asked for
     rounds: int = 1  # of every arm per prompt; their median counts
 

@@ -70,7 +70,7 @@ SUITES = (
     Suite(
         "caching",
         "Caching",
-        8,
+        6,
         (
             Job("caching", "caching-image", "image", f"image;--steps;28;--count;4;--arms;{CACHING_ARMS}",
                 "image;--steps;10;--count;1;--arms;core|Taylor every 3, tail 5"),
@@ -115,7 +115,7 @@ SUITES = (
     Suite(
         "region",
         "Regions",
-        5,
+        4,
         (
             Job("region", "region", "",
                 r"quality;guard;speed;--count;1;--rounds;1;--arms;^plain|ratio 0\.5$|steps|ratio 0\.25$|corrected|published",
@@ -128,7 +128,7 @@ SUITES = (
     Suite(
         "quantization",
         "Quantization",
-        6,
+        4,
         (
             Job("quantization", "quantization", "--prompts 12", "--prompts 1 --steps 20 --parts quality products",
                 "--prompts 1 --steps 4 --parts products"),
@@ -140,7 +140,7 @@ SUITES = (
     Suite(
         "frame-rate",
         "Dynamic frame rate",
-        3,
+        2,
         (
             Job("frame_rate", "frame-rate", "", "--parts schedule sampler --sides 128 --pairs 1", "--parts schedule"),
         ),
@@ -150,7 +150,7 @@ SUITES = (
     Suite(
         "guidance",
         "Guidance and resolution",
-        5,
+        4,
         (
             Job("guidance_resolution", "guidance-resolution", "--parts image wide video large analytic --count 8 --batch 1 8",
                 "--parts image wide --count 1 --batch 8 --threads 1",
@@ -163,7 +163,7 @@ SUITES = (
     Suite(
         "weights",
         "Weights that need not be there",
-        2,
+        1,
         (Job("weights", "weights", "", "--parts table features vocabulary", "--parts table"),),
         "7",
         ("the same models with all their weights",),
@@ -171,7 +171,7 @@ SUITES = (
     Suite(
         "stacks",
         "Stacks",
-        5,
+        3,
         (
             Job("stacks", "stacks", "", "--parts image batch --count 2", "--parts image --count 1 --arms cache:.Fitted.8.*int8"),
         ),
@@ -181,7 +181,7 @@ SUITES = (
     Suite(
         "overhead",
         "Overhead",
-        2,
+        6,
         (Job("overhead", "overhead", "", "--runs 3", "--runs 1 --sizes demo"),),
         "0 and on, one per run",
         ("the same run without our wrappers",),
@@ -189,7 +189,7 @@ SUITES = (
     Suite(
         "diffusers",
         "Under diffusers",
-        3,
+        4,
         (Job("diffusers_host", "diffusers_host", "", "--count 1 --overhead-runs 4", "--count 1 --steps 8 --overhead-runs 1"),),
         "one per prompt",
         ("FirstBlockCache, TaylorSeer and MagCache of diffusers", "cache-dit's DBCache with TaylorSeer", PLAIN),
@@ -219,7 +219,7 @@ SUITES = (
     Suite(
         "compile",
         "torch.compile",
-        2,
+        7,
         (Job("torch_compile", "torch-compile", "", "--timed", "--only Taylor --timed"),),
         "random weights",
     ),
