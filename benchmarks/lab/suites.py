@@ -182,7 +182,7 @@ SUITES = (
         "overhead",
         "Overhead",
         6,
-        (Job("overhead", "overhead", "", "--runs 3", "--runs 1 --sizes demo"),),
+        (Job("overhead", "overhead", "", "--runs 1", "--runs 1 --sizes demo"),),
         "0 and on, one per run",
         ("the same run without our wrappers",),
     ),
