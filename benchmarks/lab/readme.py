@@ -91,7 +91,8 @@ def _diffusers() -> Table:
         "cache-dit DBCache F1B0 0.2": "cache-dit DBCache F1B0 0.2",
         "DBCache-Taylor 0.05": "DBCache-Taylor 0.05, ours", "DBCache-Taylor 0.1": "DBCache-Taylor 0.1, ours",
         "DBCache-Taylor 0.2": "DBCache-Taylor 0.2, ours", "Adaptive 0.1": "Adaptive 0.1, ours",
-        "Guidance Periodic, every 2": "Guidance Saver every 2, ours", "Guidance Periodic, every 3": "Guidance Saver every 3, ours",
+        "Guidance Periodic, every 2": "Guidance Saver every 2, ours",
+        "Guidance Periodic, every 3": "Guidance Saver every 3, ours",
     }  # fmt: skip
     found = result("diffusers_host")["quality"]
     rows = [(found[name], shown) for name, shown in names.items()]
