@@ -3,12 +3,12 @@
     .venv/bin/python benchmarks/stacks.py [--parts image batch video wide large] [--count 6] [--arms REGEX] [--threads 1]
                                           [--comfyui .comfyui] [--out FILE]
 
-In process, 28 Euler steps at CFG 5. The arms of a prompt run one after the other, small ones in several rounds, and every round
-begins with another arm, so that drifts of the machine hit all alike; what loads and warms up is discarded. A speed-up is the
-plain run's seconds in the sampler over the arm's on the same prompt and seed, as median and range over the prompts, on the clock and in
-seconds of processor time. PSNR of the decoded pictures is to the plain run, mean and worst. "Product" is that of the factors of a
-stack's parts, each measured alone in the same run; a stack below it has parts that save the same work twice. The competitor that
-costs nothing, the same sampler with fewer steps, stands beside them.
+In process, 28 Euler steps at CFG 5. The arms of a prompt run one after the other, small ones in several rounds, and every
+round begins with another arm, so that drifts of the machine hit all alike; what loads and warms up is discarded. A speed-up
+is the plain run's seconds in the sampler over the arm's on the same prompt and seed, as median and range over the prompts,
+on the clock and in seconds of processor time. PSNR of the decoded pictures is to the plain run, mean and worst. "Product" is
+that of the factors of a stack's parts, each measured alone in the same run; a stack below it has parts that save the same
+work twice. The competitor that costs nothing, the same sampler with fewer steps, stands beside them.
 
 image, batch: the demo image model, one and eight pictures at once. video: the demo video model, 80 tokens. wide, large: the same
 weights on 1,280 and 4,205 tokens, sizes it was not trained for: closeness to the plain run is what counts. large takes ten
