@@ -16,12 +16,19 @@ GROUPS = (
     ("stacks", re.compile(r"stack|.* \+ "), "#CC79A7", "square"),
     ("Guidance Saver", re.compile("guidance", re.IGNORECASE), "#8B4513", "dot"),
     ("smaller stages", re.compile("progressive", re.IGNORECASE), "#56B4E9", "dot"),
-    ("regions", re.compile("ratio"), "#F0E442", "dot"),
-    ("fitted caches", re.compile("Fitted"), "#E69F00", "dot"),
-    ("Taylor caches", re.compile("Taylor|cache: Taylor"), "#0072B2", "dot"),
+    ("regions", re.compile("ratio|region"), "#F0E442", "dot"),
+    ("attention", re.compile("attention|block mass", re.IGNORECASE), "#117733", "square"),
+    ("quantized weights", re.compile("int8"), "#882255", "square"),
+    ("fitted caches", re.compile("(cache: )?Fitted"), "#E69F00", "dot"),
+    ("Taylor caches", re.compile("(cache: )?Taylor"), "#0072B2", "dot"),
     ("other caches", re.compile("."), "#009E73", "dot"),
 )
 WIDTH, PANEL, LEFT, TOP, LEGEND = 980, 330, 56, 34, 26
+#: Parts of stacks.py in words.
+STACKS = {
+    "image": "image model, one picture", "batch": "image model, 8 pictures at once", "video": "video model, 80 tokens",
+    "wide": "video model, 1,280 tokens", "large": "video model, 4,205 tokens",
+}  # fmt: skip
 #: Arms that are hardly closer to the plain run than another picture are left out, in dB.
 LEAST = 20.0
 #: Closer ones are drawn at this height, in dB: nobody sees a difference.
@@ -72,7 +79,7 @@ def panels(results: dict[str, dict]) -> list[tuple[str, list[Point]]]:
         ("image model, 64 x 64, 8 at once", points(guidance.get("image, batch 8", {}))),
         ("image model, 256 x 256", points(guidance.get("wide, batch 1", {}))),
     ]
-    found += [(f"stacks: {title}", points(rows)) for title, rows in tables_in(results.get("stacks", {}))]
+    found += [(f"stacks: {STACKS.get(title, title)}", points(rows)) for title, rows in tables_in(results.get("stacks", {}))]
     return [(title, arms) for title, arms in found if arms]
 
 
