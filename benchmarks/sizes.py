@@ -389,7 +389,10 @@ def main() -> None:
     rows = picture_rows(result)
     if rows:
         title = "Where the time of a dense step goes" + (": narrow networks on a processor" if result["reduced"] else "")
-        operators.draw(rows, args.out.with_suffix(".png"), title)
+        try:
+            operators.draw(rows, args.out.with_suffix(".png"), title)
+        except ImportError:
+            print("matplotlib is not installed: no picture was drawn")
     print(f"written: {args.out}")
 
 
