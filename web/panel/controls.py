@@ -84,8 +84,9 @@ def build(session: Session, chosen: str | None) -> Controls:
         steps = gr.Number(label="Steps", precision=0, minimum=1, maximum=1000, min_width=100)
     with gr.Accordion("Rounds and reference", open=False, elem_id="rounds"):
         repeats = gr.Slider(
-            1, 10, value=6, step=1, label="Repeats", info="Rounds per prompt and seed: six in all for a sure verdict."
-        )
+            1, 10, value=Request.repeats, step=1, label="Repeats",
+            info="Rounds per prompt and seed: six in all for a sure verdict.",
+        )  # fmt: skip
         reference = gr.Checkbox(
             value=False, label=f"Also a {REFERENCE_STEPS}-step reference", info="Shows which result is nearer the exact one."
         )

@@ -41,7 +41,7 @@ class Request:
     prompts: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     steps: int | None = None
-    repeats: int = 3
+    repeats: int = 6
     reference: bool = False
 
     def to_json(self) -> dict[str, Any]:
